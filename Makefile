@@ -1,0 +1,36 @@
+# Two commands do everything: `make quickstart` and `make test`. Both make .venv and install what is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-fast check bench clean
+
+quickstart: $(STAMP)  ## one complete run on embedded data: dense, pruned, proved, exported, with its card
+	$(BIN)/finllm-prune run recipes/quickstart.yaml --overwrite
+
+test: check  ## lint, types, all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)  ## the tests that train nothing real: under three minutes
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(STAMP)  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## the overhead of pruning per training step, and the speed of compact models
+	$(BIN)/python scripts/bench_training.py
+	$(BIN)/python scripts/bench_inference.py
+
+clean:
+	rm -rf $(VENV) outputs
+
+# torch first: a bare dependency on torch may bring gigabytes of CUDA where a CPU build would do.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,quickstart]"
+	touch $@

@@ -1,0 +1,13 @@
+"""masked: zeros in place. Loads with plain ``from_pretrained``; the same size and speed as dense."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finllm_prune.checkpoints.proof import save_proved
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    """Write and prove the model as it is; returns the model that lies in ``folder``."""
+    save_proved(model, tokenizer, folder, "masked", smaller=model)
+    return model

@@ -1,0 +1,130 @@
+"""The command line: arguments to the package; no logic."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import finllm_prune
+from finllm_prune.errors import InputError, ProofError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Fine-tune financial language models while pruning them."
+)
+console = Console()
+BAD_INPUT, GATE_FAILED, PROOF_FAILED = 2, 3, 4
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, as recipes/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Values to change; a value is YAML.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the unfinished run of this recipe.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a finished output; drop an unfinished run.")] = False,
+) -> None:
+    """Fine-tune, prune, prove, evaluate and export a model, and write its card.
+
+    \b
+    finllm-prune run recipes/quickstart.yaml training.seed=7 output=outputs/seed7
+    finllm-prune run recipes/quickstart.yaml \\
+        'pruning.rules=[{target: mlp, structure: neuron, criterion: movement, sparsity: 0.5}]'
+
+    Exit codes: 0 done, 2 bad input (nothing was trained), 3 a gate failed (everything is written), 4 a proof failed.
+    """
+    import datasets
+
+    from finllm_prune.recipe import Recipe
+    from finllm_prune.run import run as run_recipe
+
+    datasets.disable_progress_bars()
+    loaded = Recipe.load(recipe, overrides or [])
+    report = run_recipe(loaded, resume=resume, overwrite=overwrite)
+    if report is None:
+        return
+    _print_rows(report.rows(), f"{loaded.output}: dense against pruned, test split")
+    if report.quality.collapsed:
+        console.print("[bold red]The pruned model has collapsed: it predicts one class for every text.")
+    if not report.passed():
+        console.print(f"[bold red]A gate failed; everything is written to {loaded.output}.")
+        raise typer.Exit(GATE_FAILED)
+    console.print(f"Done in {report.run['wall_seconds']['total']:.0f} s. The card: {loaded.output / 'README.md'}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A saved model or Hub id.")],
+    task: Annotated[str, typer.Option(help="The task, as sentiment.")] = "sentiment",
+    dataset: Annotated[str, typer.Option(help="builtin, a folder of splits, or a Hub id.")] = "builtin",
+    baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Measure a model on a test split; with --baseline, hold it against the dense one."""
+    from finllm_prune.saved import evaluate_saved
+
+    figures, rows = evaluate_saved(model, task, dataset, baseline)
+    _print_rows(rows, f"{model} on {dataset}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Argument(help="A saved model or Hub id.")]) -> None:
+    """Show the shape and the sparsity of every prunable layer."""
+    from finllm_prune.saved import inspect_saved
+
+    table = Table("layer", "shape", "sparsity", title=model)
+    for name, shape, sparsity in inspect_saved(model):
+        table.add_row(name, shape, sparsity)
+    console.print(table)
+
+
+@app.command()
+def verify(model: Annotated[Path, typer.Argument(help="A folder that finllm-prune exported.")]) -> None:
+    """Prove an exported checkpoint again from its files: hashes, zeros, recorded logits."""
+    from finllm_prune.checkpoints import verify as verify_folder
+
+    manifest = verify_folder(model)
+    zeros = sum(manifest["zeros"].values())
+    console.print(f"{model}: {manifest['format']} checkpoint holds: hashes, {zeros:,} zeros, logits of the probe.")
+
+
+def _version(show: bool) -> None:
+    if show:
+        console.print(f"finllm-prune {finllm_prune.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
+    table = Table("", *(["dense", "pruned"] if len(rows[0]) == 3 else ["measured"]), title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> None:
+    """The console script: errors that a user can act on are one line, not a traceback."""
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(BAD_INPUT) from None
+    except ProofError as error:
+        Console(stderr=True).print(f"[bold red]Proof failed:[/] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(PROOF_FAILED) from None

@@ -1,0 +1,9 @@
+"""The errors that a user can act on. Each message is one sentence: what is wrong, where, and the remedy."""
+
+
+class InputError(ValueError):
+    """A recipe, data set or model that cannot be used as given; found before training starts (exit code 2)."""
+
+
+class ProofError(RuntimeError):
+    """A saved checkpoint is not equal to the model in memory, or to what its manifest says."""

@@ -1,0 +1,11 @@
+"""Evaluation: quality, latency, sparsity, the frozen report and its figures."""
+
+from finllm_prune.evaluation.latency import Latency, measure
+from finllm_prune.evaluation.quality import Quality, compare, predict
+from finllm_prune.evaluation.report import GATES, Report, check_gates, quality_rows
+from finllm_prune.evaluation.sparsity import layer_table, removed, weight_bytes
+
+__all__ = [
+    "GATES", "Latency", "Quality", "Report",
+    "check_gates", "compare", "layer_table", "measure", "predict", "quality_rows", "removed", "weight_bytes",
+]  # fmt: skip

@@ -1,0 +1,131 @@
+"""The report of a run: measured values only, frozen; the table, the card and the gates are read from it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finllm_prune.errors import InputError
+from finllm_prune.evaluation.quality import Quality
+
+GATES = {
+    "accuracy": "min", "macro_f1": "min", "mcc": "min", "agreement": "min", "latency_ratio": "max",
+    "accuracy_retention": "min", "macro_f1_retention": "min", "mcc_retention": "min",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run measured and what it was made of; ``report.json`` holds it with the metrics at the top level.
+
+    Args:
+        quality: dense against pruned on the test split.
+        sparsity: denominator -> part of the weights that is zero or gone.
+        bytes: folder -> size of its weights.
+        latency: one entry per batch size; ``model`` in it names the folder that was measured.
+        layers: path, shape, density of every prunable layer of the masked model.
+        history: the training's log: step, loss, sparsity.
+        run: seed, versions, machine, data, recipe, wall times.
+        gates: the thresholds asked for.
+    """
+
+    quality: Quality
+    sparsity: dict[str, float]
+    bytes: dict[str, int]
+    latency: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    run: dict[str, Any]
+    gates: dict[str, float] = field(default_factory=dict)
+
+    def value(self, name: str) -> float:
+        """The measured value that a gate of this name looks at."""
+        quality = self.quality
+        if name == "agreement":
+            return quality.agreement
+        if name == "latency_ratio":
+            return float(self.latency[0]["ratio"])
+        if name.endswith("_retention"):
+            return quality.retention[name.removesuffix("_retention")]
+        return float(quality.metrics[name]["pruned"])
+
+    def verdicts(self) -> dict[str, dict[str, Any]]:
+        """Gate -> threshold, measured value, and whether it passed. A collapsed model passes none."""
+        out = {}
+        for name, threshold in self.gates.items():
+            value = self.value(name)
+            good = value >= threshold if GATES[name] == "min" else value <= threshold
+            out[name] = {"threshold": threshold, "value": value, "passed": good and not self.quality.collapsed}
+        return out
+
+    def passed(self) -> bool:
+        return not self.quality.collapsed and all(verdict["passed"] for verdict in self.verdicts().values())
+
+    def to_dict(self) -> dict[str, Any]:
+        quality = asdict(self.quality)
+        return {
+            **quality.pop("metrics"),
+            **{f"{name}_retention": value for name, value in quality.pop("retention").items()},
+            **quality,
+            "sparsity": self.sparsity,
+            "bytes": self.bytes,
+            "latency_ratio": self.latency[0]["ratio"],
+            "latency": self.latency,
+            "gates": self.verdicts(),
+            "passed": self.passed(),
+            **self.run,
+            "layers": self.layers,
+            "history": self.history,
+        }
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The table of a run: what, dense, pruned."""
+        out = quality_rows(self.quality)
+        for name, part in self.sparsity.items():
+            out.append((f"sparsity of {_TITLES.get(name, name)}", "0.0 %", f"{100 * part:.1f} %"))
+        for name, size in self.bytes.items():
+            if name != "dense":
+                cells = [f"{b / 1e6:.1f} MB" for b in (self.bytes["dense"], size)]
+                out.append((f"weights on disk, {name}", cells[0], cells[1]))
+        for entry in self.latency:
+            shape = f"{entry['batch']} × {entry['tokens']} tokens"
+            what = f"CPU latency, {entry['model']}, {shape} (median)"
+            speed = f"{entry['small_ms']:.1f} ms, ratio {entry['ratio']:.2f}"
+            out.append((what, f"{entry['dense_ms']:.1f} ms", speed))
+        for name, verdict in self.verdicts().items():
+            sign = "≥" if GATES[name] == "min" else "≤"
+            word = "passed" if verdict["passed"] else "FAILED"
+            out.append((f"gate {name} {sign} {verdict['threshold']:g}", "", f"{verdict['value']:.3f} {word}"))
+        return out
+
+
+_TITLES = {
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC", "targeted": "the targeted weights",
+    "encoder_linear": "the encoder's linear weights", "all_parameters": "all parameters",
+}  # fmt: skip
+
+
+def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
+    """The part of the table that compares predictions: what, dense, pruned."""
+    out = []
+    for name, value in quality.metrics.items():
+        dense, pruned = (
+            f"{value[kind]:.3f} [{value[f'{kind}_interval'][0]:.3f}, {value[f'{kind}_interval'][1]:.3f}]"
+            for kind in ("dense", "pruned")
+        )
+        out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
+        out.append((f"  retention of {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
+    out.append(("same prediction (agreement)", "", f"{quality.agreement:.1%}"))
+    out.append(("flips right→wrong / wrong→right", "", " / ".join(str(n) for n in quality.flips.values())))
+    out.append(("McNemar's exact p", "", f"{quality.mcnemar_p:.3f}"))
+    return out
+
+
+def check_gates(gates: dict[str, float]) -> None:
+    """Refuse a gate that nothing measures, before training."""
+    for name in gates:
+        if name not in GATES:
+            raise InputError(f"gates.{name}: there is no such gate; known: {', '.join(GATES)}")

@@ -1,0 +1,7 @@
+"""ELECTRA: the discriminators. The same layer names as BERT."""
+
+from dataclasses import replace
+
+from finllm_prune.families import bert
+
+FAMILY = replace(bert.FAMILY, model_type="electra")

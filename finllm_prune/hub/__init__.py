@@ -1,0 +1,1 @@
+"""The Hub: where base models come from, and the card of what goes there."""

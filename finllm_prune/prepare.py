@@ -1,0 +1,248 @@
+"""Everything that can be found wrong before training: output, data, model, rules, arguments."""
+
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from finllm_prune.errors import InputError
+from finllm_prune.families import find_family
+from finllm_prune.hub.base_model import locate
+from finllm_prune.hub.card import base_license
+from finllm_prune.pruning import refuse_overlap
+from finllm_prune.recipe import Recipe
+from finllm_prune.tasks import Examples, Task
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+_REMEDY = "use --overwrite to replace it, or set another output"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose inputs have all been read and found usable.
+
+    Args:
+        recipe: what is asked for.
+        work: where files lie until the run is complete.
+        arguments: of the pruning phase.
+        examples: the data, label order as in ``model``.
+        tokens: split -> tokenized rows.
+        tokenizer: of the base model.
+        model: the base model with a head for the task, not yet trained on it.
+        location: what ``from_pretrained`` takes for the base model.
+        origin: where the base model came from, in words.
+        teacher: what ``from_pretrained`` takes for a teacher that is not the dense baseline.
+    """
+
+    recipe: Recipe
+    work: Path
+    arguments: TrainingArguments
+    examples: Examples
+    tokens: dict[str, datasets.Dataset]
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    location: str
+    origin: str
+    teacher: str | None
+
+
+def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
+    """Read and check everything, then make the work folder.
+
+    Raises:
+        InputError: with what is wrong and the remedy; nothing has been written or deleted then.
+    """
+    work = recipe.output.with_name(f"{recipe.output.name}.partial")
+    training_arguments(recipe, work, "dense", recipe.dense.training)
+    arguments = training_arguments(recipe, work, "prune", {})
+    _check_output(recipe, work, resume, overwrite)
+    examples = recipe.task.load()
+    location, origin = locate(recipe.dense.checkpoint or recipe.model.name)
+    config = AutoConfig.from_pretrained(location)
+    family = find_family(config.model_type)
+    examples = examples.reordered(label_order(config, examples.labels))
+    set_seed(arguments.seed)
+    model = load_model(recipe.task, location, examples.labels)
+    if recipe.model.keep_layers is not None:
+        family.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
+    refuse_overlap(family.groups(model, recipe.pruning.rules))
+    teacher = _teacher(recipe, config, examples.labels)
+    tokenizer = AutoTokenizer.from_pretrained(location)
+    tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
+    logger.info("Base model: %s. Data: %s.", origin, examples.source)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        _open_work(recipe, work, resume)
+    PartialState().wait_for_everyone()
+    return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher)
+
+
+def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
+    """A model with a head for these labels; the report on its fresh head is not a warning here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        model: PreTrainedModel = task.auto_class.from_pretrained(
+            location, num_labels=len(labels), id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return model
+
+
+def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | None = None) -> list[str]:
+    """The checkpoint's own order where it was trained on the same classes, as FinBERT's (positive, negative, neutral).
+
+    Raises:
+        InputError: they are other classes, and ``must_match`` names a checkpoint that has to know them.
+    """
+    own = [name.lower() for name in _names(config)]
+    by_name = {label.lower(): label for label in labels}
+    if sorted(own) == sorted(by_name):
+        return [by_name[name] for name in own]
+    if must_match is not None:
+        raise InputError(
+            f"{must_match} predicts {', '.join(own)}, but the data has {', '.join(labels)}; "
+            "evaluate a model that was fine-tuned on these labels"
+        )
+    return labels
+
+
+def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str, Any]) -> TrainingArguments:
+    """The recipe's TrainingArguments for one phase, "dense" or "prune".
+
+    Raises:
+        InputError: transformers refuses them.
+    """
+    ours: dict[str, Any] = {
+        "output_dir": str(work / CHECKPOINTS / phase),
+        "logging_steps": 0.02,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(**(ours | recipe.training | changes))
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"training: transformers refuses these arguments: {' '.join(str(error).split())}") from error
+
+
+def provenance(ready: Prepared) -> dict[str, Any]:
+    """What a result is made of: for the report."""
+    recipe, examples = ready.recipe, ready.examples
+    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
+    return {
+        "seed": ready.arguments.seed,
+        "base_model": {"name": recipe.model.name, "origin": ready.origin},
+        "license": recipe.model.license or base_license(ready.location),
+        "task": recipe.resolved["task"]["name"],
+        "pipeline_tag": recipe.task.pipeline_tag,
+        "data": {
+            "source": examples.source,
+            "fingerprint": examples.fingerprint(),
+            "rows": {name: len(rows) for name, rows in examples.splits.items()},
+            "test_labels": dict(Counter(examples.labels[i] for i in examples.splits["test"]["label"])),
+        },
+        "recipe": recipe.resolved,
+        "processes": PartialState().num_processes,
+        "versions": {"python": platform.python_version(), "finllm_prune": version("finllm-prune")}
+        | {name: version(name) for name in packages},
+        "machine": {
+            "device": str(ready.arguments.device),
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "commit": _commit(),
+    }
+
+
+def _check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:
+    output = recipe.output
+    if resume:
+        if not work.is_dir():
+            raise InputError(f"--resume: there is no unfinished run in {work}; start it without --resume")
+        started = yaml.safe_load((work / "recipe.yaml").read_text())
+        if started != recipe.resolved:
+            changed = [key for key in recipe.resolved if started.get(key) != recipe.resolved[key]]
+            raise InputError(
+                f"--resume: the run in {work} was started with another recipe (it differs in {', '.join(changed)}); "
+                "resume with that one, or start afresh with --overwrite"
+            )
+    elif not overwrite:
+        if output.exists():
+            raise InputError(f"output: {output} exists; {_REMEDY}")
+        if work.exists():
+            raise InputError(f"output: an unfinished run lies in {work}; use --resume to go on with it, or --overwrite")
+
+
+def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
+
+
+def _names(config: PreTrainedConfig) -> list[str]:
+    """The class names of a checkpoint, by index."""
+    names: dict[Any, str] = dict(config.id2label or {})
+    return [str(names[i]) for i in sorted(names)]
+
+
+def _teacher(recipe: Recipe, config: Any, labels: list[str]) -> str | None:
+    if recipe.distillation is None or recipe.distillation.teacher == "dense":
+        return None
+    location, _ = locate(recipe.distillation.teacher)
+    other = AutoConfig.from_pretrained(location)
+    if _names(other) != labels:
+        raise InputError(
+            f"distillation.teacher: {recipe.distillation.teacher} predicts {', '.join(_names(other))}, "
+            f"not {', '.join(labels)} in this order; name a teacher that was fine-tuned on the same labels"
+        )
+    if other.vocab_size != config.vocab_size:
+        raise InputError("distillation.teacher: it has another vocabulary than the model; name one with its tokenizer")
+    if recipe.distillation.hidden > 0 and _size(other) != _size(config):
+        raise InputError(
+            "distillation.hidden: the teacher has another width or depth than the model, so their hidden states "
+            "cannot be compared; set distillation.hidden: 0"
+        )
+    return location
+
+
+def _size(config: PreTrainedConfig) -> tuple[int, int]:
+    """The width and the depth of a model."""
+    return config.hidden_size, getattr(config, find_family(config.model_type).depth)
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, where it is one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

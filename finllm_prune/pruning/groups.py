@@ -1,0 +1,119 @@
+"""Weights that are cut by one unit grid, and the values that wait beside the model while they are cut."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from finllm_prune.errors import InputError
+from finllm_prune.pruning.budgets import Budget, Uniform
+from finllm_prune.pruning.criteria import Criterion, Movement
+from finllm_prune.pruning.structures import Site, Structure, Unstructured
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of ``pruning.rules``: what is cut, in which units, who survives, and how much is cut.
+
+    Args:
+        target: "attention", "mlp" or "encoder" (both).
+        sparsity: the part of the target's units that is cut at the end, 0 < sparsity < 1.
+        structure: what is cut together.
+        criterion: who survives.
+        budget: how the sparsity is shared among the target's matrices.
+    """
+
+    target: str
+    sparsity: float
+    structure: Structure = field(default_factory=Unstructured)
+    criterion: Criterion = field(default_factory=Movement)
+    budget: Budget = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise InputError(f"pruning.rules: sparsity must lie between 0 and 1 (exclusive), not {self.sparsity}")
+
+
+class Slot:
+    """A parameter seen as a matrix: a bias is a weight with one column, so that it goes with its row."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, site: Site):
+        self.name = name
+        self.parameter = parameter
+        self.site = site
+        self.parked: Tensor | None = None
+        self.pruned: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        data = self.parameter.detach()
+        return data if data.ndim == 2 else data.unsqueeze(1)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        grad = self.parameter.grad
+        return grad if grad is None or grad.ndim == 2 else grad.unsqueeze(1)
+
+
+class Group:
+    """The slots that share one unit grid: a matrix alone, or the coupled matrices and biases of an MLP or attention.
+
+    ``mask`` (bool, the grid's shape) is True where a unit is kept. While a unit is cut its weights are exact zeros in
+    the model, and their values are *parked*: ``W = weight + parked``.
+    """
+
+    def __init__(self, name: str, rule: Rule, slots: list[Slot]):
+        self.name = name
+        self.rule = rule
+        self.slots = slots
+        shapes = {rule.structure.units(slot.weight, slot.site) for slot in slots}
+        if len(shapes) != 1:
+            raise InputError(f"{name}: its matrices do not share one unit grid ({sorted(map(tuple, shapes))})")
+        self.mask = torch.ones(shapes.pop(), dtype=torch.bool, device=slots[0].parameter.device)
+        self.cut = False
+
+    def sum(self, value: Callable[[Slot], Tensor]) -> Tensor:
+        """A weight-shaped value per slot, summed per unit over the whole group."""
+        structure = self.rule.structure
+        total = structure.reduce(value(self.slots[0]), self.slots[0].site)
+        for slot in self.slots[1:]:
+            total = total + structure.reduce(value(slot), slot.site)
+        return total
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Take a new mask; the weights follow at the next ``park``."""
+        self.mask = mask
+        self.cut = not bool(mask.all())
+        for slot in self.slots:
+            slot.pruned = self.rule.structure.expand(~mask, slot.weight, slot.site) if self.cut else None
+
+    def unpark(self) -> None:
+        """Whole weights again: the optimizer's momentum and decay act on cut weights as on any other."""
+        for slot in self.slots:
+            if slot.parked is not None:
+                slot.weight.add_(slot.parked)
+
+    def clear_gradients(self) -> None:
+        for slot in self.slots:
+            if slot.pruned is not None and (gradient := slot.gradient) is not None:
+                gradient.masked_fill_(slot.pruned, 0)
+
+    def park(self) -> None:
+        """Move the values of cut weights beside the model, exactly: ``W - 0 = W`` there and ``W - W = 0`` elsewhere."""
+        for slot in self.slots:
+            if slot.pruned is None:
+                slot.parked = None
+                continue
+            if slot.parked is None:
+                slot.parked = torch.empty_like(slot.weight)
+            slot.parked.copy_(slot.weight)
+            slot.weight.masked_fill_(slot.pruned, 0)
+            slot.parked.sub_(slot.weight)
+
+    def zero(self) -> None:
+        """Write the cut weights as zeros and forget their values: no unit comes back after the masks are frozen."""
+        for slot in self.slots:
+            slot.parked = None
+            if slot.pruned is not None:
+                slot.weight.masked_fill_(slot.pruned, 0)

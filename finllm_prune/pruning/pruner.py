@@ -1,0 +1,212 @@
+"""The two steps of pruning, between a plain model's gradient and its weight; usable with any training loop.
+
+::
+
+    pruner = Pruner(groups, Cubic())
+    for step, batch in enumerate(batches):
+        loss(model, batch).backward()
+        pruner.before_step((step + 1) / steps)
+        optimizer.step()
+        pruner.after_step()
+        optimizer.zero_grad()
+    pruner.finish()
+
+Not covered: sharded parameters (FSDP, DeepSpeed ZeRO) and replicas in threads (DataParallel). Under DDP the gradients are
+equal on all ranks when ``before_step`` runs, and so are the masks.
+"""
+
+import hashlib
+import logging
+
+import torch
+from torch import Tensor
+
+from finllm_prune.errors import InputError
+from finllm_prune.pruning.criteria import State, Step
+from finllm_prune.pruning.groups import Group, Rule
+from finllm_prune.pruning.schedules import Schedule
+
+logger = logging.getLogger(__name__)
+
+
+class Pruner:
+    """Carries rules out on a plain model.
+
+    Args:
+        groups: what is cut, resolved on the model that is trained (``Family.groups``).
+        schedule: how fast.
+    """
+
+    def __init__(self, groups: list[Group], schedule: Schedule):
+        refuse_overlap(groups)
+        self.groups = groups
+        self.schedule = schedule
+        self.progress = 0.0
+        self.frozen = False
+        self.skipped = torch.zeros((), device=groups[0].mask.device)
+        self._states: dict[str, State] = {group.name: group.rule.criterion.start(group) for group in groups}
+        self._step = Step(0.0, 0.0, torch.zeros_like(self.skipped))
+
+    @torch.no_grad()
+    def before_step(self, progress: float) -> None:
+        """After backward (and accumulation, all-reduce and clipping), before ``optimizer.step()``.
+
+        Args:
+            progress: the part of the run that is done once this step is: ``(step + 1) / steps``.
+        """
+        self._step = Step(self.progress, progress, self._bad_gradients())
+        self.skipped += self._step.skip
+        for group in self.groups:
+            if not self.frozen:
+                group.unpark()
+                group.rule.criterion.observe(group, self._states[group.name], self._step)
+            group.clear_gradients()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After ``optimizer.step()``: new masks if they are due, and exact zeros where the masks say so."""
+        before, self.progress = self._step.before, self._step.now
+        if not self.frozen and self.schedule.due(before, self.progress):
+            self._choose(final=self.progress >= self.schedule.freeze)
+        for group in self.groups:
+            if self.frozen:
+                group.zero()
+            else:
+                group.park()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The masks are final: a run that ended before ``freeze`` gets its last cut, and the parked values are dropped."""
+        for group in self.groups:
+            if not self.frozen:
+                group.unpark()
+        if not self.frozen:
+            self._choose(final=True)
+        for group in self.groups:
+            group.zero()
+
+    def masks(self) -> dict[str, Tensor]:
+        """Group name -> boolean unit grid, True where kept."""
+        return {group.name: group.mask for group in self.groups}
+
+    def mask_hash(self) -> str:
+        """sha256 of all masks: equal on all ranks and on a resumed run, or something is wrong."""
+        digest = hashlib.sha256()
+        for group in self.groups:
+            digest.update(group.name.encode())
+            digest.update(group.mask.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def sparsity(self) -> float:
+        """The part of all targeted weights (biases not counted) that is cut now."""
+        cut = total = 0.0
+        for group in self.groups:
+            matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
+            size = sum(slot.parameter.numel() for slot in matrices)
+            total += size
+            if group.cut:
+                cut += size * (1.0 - float(group.mask.sum()) / group.mask.numel())
+        return cut / total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that an exact resume needs, as flat tensors: safetensors can hold it, nothing is pickled."""
+        state = {"progress": torch.tensor(self.progress, dtype=torch.float64), "skipped": self.skipped}
+        for group in self.groups:
+            state[f"{group.name}/mask"] = group.mask
+            for key, tensor in self._states[group.name].items():
+                state[f"{group.name}/state/{key}"] = tensor
+            for slot in group.slots:
+                if slot.parked is not None:
+                    state[f"{slot.name}/parked"] = slot.parked
+        return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state_dict``, on the model whose weights were saved with it."""
+        missing = [group.name for group in self.groups if f"{group.name}/mask" not in state]
+        if missing or len([key for key in state if key.endswith("/mask")]) != len(self.groups):
+            raise InputError(
+                "the saved pruning state belongs to other rules than this run's"
+                + (f" (it lacks {missing[0]})" if missing else "")
+                + "; resume with the recipe that the run was started with"
+            )
+        device = self.skipped.device
+        self.progress = float(state["progress"])
+        self.skipped = state["skipped"].to(device)
+        self.frozen = self.progress >= self.schedule.freeze
+        for group in self.groups:
+            group.set_mask(state[f"{group.name}/mask"].to(device))
+            prefix = f"{group.name}/state/"
+            self._states[group.name] = {
+                key.removeprefix(prefix): tensor.to(device) for key, tensor in state.items() if key.startswith(prefix)
+            }
+            for slot in group.slots:
+                parked = state.get(f"{slot.name}/parked")
+                slot.parked = None if parked is None else parked.to(device)
+
+    def _bad_gradients(self) -> Tensor:
+        """1.0 where a gradient is not finite, without a host sync: fp16 skips such a step, and so must the scores."""
+        gradients = [
+            slot.parameter.grad for group in self.groups for slot in group.slots if slot.parameter.grad is not None
+        ]
+        if self.frozen or not gradients:
+            return torch.zeros_like(self.skipped)
+        sums = torch.stack([gradient.sum().float() for gradient in gradients])
+        return (~torch.isfinite(sums)).any().to(self.skipped)
+
+    def _rules(self) -> dict[int, tuple[Rule, list[Group]]]:
+        rules: dict[int, tuple[Rule, list[Group]]] = {}
+        for group in self.groups:
+            rules.setdefault(id(group.rule), (group.rule, []))[1].append(group)
+        return rules
+
+    def _choose(self, final: bool) -> None:
+        fraction = 1.0 if final else self.schedule.fraction(self.progress)
+        for rule, groups in self._rules().values():
+            density = 1.0 - fraction * rule.sparsity
+            states = [self._states[group.name] for group in groups]
+            scores = [rule.criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
+            if any(bool(score.max() == score.min()) and score.numel() > 1 for score in scores):
+                self._no_order(rule, final)
+                continue
+            cutoff = None if final else rule.criterion.cutoff(fraction)
+            if cutoff is None:
+                masks = rule.budget.share(scores, density)
+            else:
+                masks = [_above(score, cutoff) for score in scores]
+                units = sum(mask.numel() for mask in masks)
+                rule.criterion.steer(states, sum(int(mask.sum()) for mask in masks) / units - density)
+            for group, mask in zip(groups, masks, strict=True):
+                group.set_mask(mask)
+        if final:
+            self.frozen = True
+            self._states = {name: {} for name in self._states}
+
+    def _no_order(self, rule: Rule, final: bool) -> None:
+        name = type(rule.criterion).__name__
+        if final:
+            raise InputError(
+                f"pruning.rules: all {name} scores of target {rule.target} are still equal at the end, so no cut has a "
+                "reason; train longer, begin earlier, or check that gradients reach the target"
+            )
+        logger.warning("No cut at progress %.3f: all %s scores of a matrix are equal.", self.progress, name)
+
+
+def refuse_overlap(groups: list[Group]) -> None:
+    """Each weight is cut by one rule at most, and some weight by one."""
+    if not groups:
+        raise InputError("pruning.rules: the rules match nothing in this model; name a target that it has")
+    seen: set[int] = set()
+    for group in groups:
+        for slot in group.slots:
+            if id(slot.parameter) in seen:
+                raise InputError(f"pruning.rules: {slot.name} is cut by two rules; give each target one rule")
+            seen.add(id(slot.parameter))
+
+
+def _above(score: Tensor, cutoff: float) -> Tensor:
+    """Units above a cutoff; the best unit stays even where none is."""
+    mask = score > cutoff
+    if not bool(mask.any()):
+        mask.view(-1)[score.reshape(-1).argmax()] = True
+    return mask

@@ -1,0 +1,79 @@
+"""How fast: run progress (0..1) -> the part of the final sparsity that is due. No schedule counts absolute steps."""
+
+from dataclasses import dataclass
+
+from finllm_prune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The spans of a pruning run, as fractions of its optimizer steps.
+
+    Args:
+        begin: nothing is cut before it: the scores warm up.
+        end: from here on the sparsity is final, while the masks may still change.
+        freeze: from here on the masks are fixed and the kept weights are tuned.
+        updates: how often the masks are chosen anew between ``begin`` and ``freeze``, at most once a step.
+    """
+
+    begin: float = 0.1
+    end: float = 0.7
+    freeze: float = 0.9
+    updates: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end <= self.freeze <= 1:
+            raise InputError(
+                "pruning.schedule: it must hold that 0 <= begin < end <= freeze <= 1, as fractions of the run; "
+                f"got begin={self.begin}, end={self.end}, freeze={self.freeze}"
+            )
+        if self.updates < 1:
+            raise InputError(f"pruning.schedule: updates must be at least 1, not {self.updates}")
+
+    def ramp(self, x: float) -> float:
+        """The shape between ``begin`` (x = 0) and ``end`` (x = 1); from 0 to 1."""
+        raise NotImplementedError
+
+    def fraction(self, progress: float) -> float:
+        """The part of the final sparsity that is due at ``progress``."""
+        if progress < self.begin:
+            return 0.0
+        return self.ramp(min(1.0, (progress - self.begin) / (self.end - self.begin)))
+
+    def due(self, before: float, now: float) -> bool:
+        """Whether the masks are chosen in the step that leads from progress ``before`` to ``now``."""
+        if before >= self.freeze or now < self.begin:
+            return False
+        return now >= self.freeze or self._slot(before) != self._slot(now)
+
+    def _slot(self, progress: float) -> int:
+        return (
+            int((progress - self.begin) / (self.freeze - self.begin) * self.updates) if progress >= self.begin else -1
+        )
+
+
+@dataclass(frozen=True)
+class Cubic(Schedule):
+    """``1 - (1 - x)^3`` (Zhu and Gupta 2017, https://arxiv.org/abs/1710.01878): fast at first, slow near the target."""
+
+    def ramp(self, x: float) -> float:
+        return 1.0 - (1.0 - x) ** 3
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """The same amount in each update."""
+
+    def ramp(self, x: float) -> float:
+        return x
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The whole sparsity at ``begin``: one shot, then recovery. ``end`` only bounds ``freeze`` here."""
+
+    def ramp(self, x: float) -> float:
+        return 1.0
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"cubic": Cubic, "linear": Linear, "constant": Constant}

@@ -1,0 +1,161 @@
+"""One run, top to bottom: dense teacher, pruning with distillation, proof, evaluation, export, card."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import PartialState
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+from finllm_prune.checkpoints import find_format
+from finllm_prune.evaluation import Report, compare, layer_table, measure, predict, removed, weight_bytes
+from finllm_prune.evaluation.plots import draw
+from finllm_prune.families import find_family
+from finllm_prune.hub.card import write_card
+from finllm_prune.metrics import find_metric
+from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, provenance, training_arguments
+from finllm_prune.pruning import Pruner
+from finllm_prune.recipe import Recipe
+from finllm_prune.staging import publish, staged
+from finllm_prune.training import PruningTrainer, Teacher
+from finllm_prune.training.trainer import complete_checkpoint
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Report | None:
+    """Carry a recipe out; ``recipe.output`` appears when everything in it is complete and proved.
+
+    Until then all files lie in ``<output>.partial``; a killed run goes on from there with ``resume``.
+
+    Args:
+        resume: go on with an unfinished run of the same recipe.
+        overwrite: replace a finished output, and drop an unfinished one.
+
+    Returns:
+        What was measured; None on ranks other than the first.
+
+    Raises:
+        InputError: before any training, with what is wrong and the remedy.
+    """
+    ready = prepare(recipe, resume=resume, overwrite=overwrite)
+    clock = {"started": time.time()}
+    dense = _dense(ready)
+    clock["dense"] = time.time()
+    student, pruner, history = _prune(ready)
+    clock["pruned"] = time.time()
+    report = _report(ready, dense, student, pruner, history, clock) if PartialState().is_main_process else None
+    PartialState().wait_for_everyone()
+    return report
+
+
+def _dense(ready: Prepared) -> PreTrainedModel:
+    """The dense baseline, from an earlier part of this run, from a checkpoint, or trained now."""
+    folder = ready.work / "dense"
+    if not folder.is_dir():
+        model = ready.model
+        if ready.recipe.dense.checkpoint is None:
+            trainer = _trainer(ready, model, "dense", ready.recipe.dense.training)
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        _once(lambda: _save_plain(model, ready.tokenizer, folder))
+    return load_model(ready.recipe.task, str(folder), ready.examples.labels)
+
+
+def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any]]]:
+    """The pruned model, from the dense one; with the masks final and the training's log."""
+    recipe, task = ready.recipe, ready.recipe.task
+    student = load_model(task, str(ready.work / "dense"), ready.examples.labels)
+    family = find_family(student.config.model_type)
+    layers = recipe.model.keep_layers or list(range(len(family.layers(student))))
+    family.keep_layers(student, layers)
+    teacher = None
+    if recipe.distillation is not None:
+        source = ready.teacher or str(ready.work / "dense")
+        teacher = Teacher(load_model(task, source, ready.examples.labels), recipe.distillation, layers)
+    pruner = Pruner(family.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
+    trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    return student, pruner, [entry for entry in trainer.state.log_history if "sparsity" in entry]
+
+
+def _report(
+    ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel, pruner: Pruner,
+    history: list[dict[str, Any]], clock: dict[str, float],
+) -> Report:  # fmt: skip
+    """Evaluate, export, write everything down, and put the complete folder in its place."""
+    recipe, examples, work = ready.recipe, ready.examples, ready.work
+    nn.Module.to(dense, device=student.device)
+    test = ready.tokens["test"]
+    collator = recipe.task.collator(ready.tokenizer)
+    quality = compare(
+        predict(dense, test, collator), predict(student, test, collator), np.array(test["labels"]),
+        examples.labels, recipe.task.metrics, seed=ready.arguments.seed,
+    )  # fmt: skip
+    exported = {name: find_format(name)(student, ready.tokenizer, work / name) for name in recipe.export}
+    measured = "compact" if "compact" in exported else "masked"
+    small = exported.get(measured, student)
+    latency = [{"model": measured} | measure(dense, small, batch).to_dict() for batch in (1, 16)]
+    report = Report(
+        quality=quality,
+        sparsity={"targeted": pruner.sparsity(), **removed(dense, student)},
+        bytes={name: weight_bytes(work / name) for name in ("dense", *recipe.export)},
+        latency=latency,
+        layers=layer_table(student),
+        history=history,
+        run=provenance(ready) | {"mask_hash": pruner.mask_hash(), "wall_seconds": _wall(clock)},
+        gates=recipe.gates,
+    )
+    report.save(work / "report.json")
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
+    draw(report.layers, report.history, work / "plots")
+    write_card(report, work, recipe.export)
+    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    publish(work, recipe.output)
+    return report
+
+
+def _trainer(
+    ready: Prepared, model: PreTrainedModel, phase: str, changes: dict[str, Any], **parts: Any
+) -> PruningTrainer:
+    arguments = training_arguments(ready.recipe, ready.work, phase, changes)
+    arguments.resume_from_checkpoint = complete_checkpoint(arguments.output_dir, pruned="pruner" in parts)
+    metrics = ready.recipe.task.metrics
+    return PruningTrainer(
+        model, arguments, description=phase, train_dataset=ready.tokens["train"], eval_dataset=ready.tokens["validation"],
+        data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
+        compute_metrics=lambda result: _scores(result, metrics), **parts,
+    )  # fmt: skip
+
+
+def _scores(result: EvalPrediction, metrics: Sequence[str]) -> dict[str, float]:
+    logits = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
+    classes = np.asarray(logits).argmax(-1).tolist()
+    references = np.asarray(result.label_ids).tolist()
+    return {name: find_metric(name)(classes, references) for name in metrics}
+
+
+def _once(write: Callable[[], None]) -> None:
+    """Write on the first rank while the others wait."""
+    if PartialState().is_main_process:
+        write()
+    PartialState().wait_for_everyone()
+
+
+def _save_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with staged(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def _wall(clock: dict[str, float]) -> dict[str, float]:
+    now = time.time()
+    spans = {
+        "dense": clock["dense"] - clock["started"],
+        "pruning": clock["pruned"] - clock["dense"],
+        "evaluation_and_export": now - clock["pruned"],
+        "total": now - clock["started"],
+    }
+    return {name: round(seconds, 1) for name, seconds in spans.items()}

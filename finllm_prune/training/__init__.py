@@ -1,0 +1,6 @@
+"""Training: a transformers Trainer that prunes and distils."""
+
+from finllm_prune.training.distillation import Distillation, Teacher
+from finllm_prune.training.trainer import PruningTrainer
+
+__all__ = ["Distillation", "PruningTrainer", "Teacher"]

@@ -1,0 +1,172 @@
+"""A transformers.Trainer that prunes: `compute_loss`, `log` and callbacks, no copied loop."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finllm_prune.errors import InputError
+from finllm_prune.pruning import Pruner
+from finllm_prune.training.distillation import Teacher
+
+STATE_FILE = "pruner.safetensors"
+
+
+class PruningTrainer(Trainer):
+    """Fine-tunes a plain model, prunes it between gradient and weight, and distils it from a teacher.
+
+    Everything that ``transformers.Trainer`` takes is taken. The model stays plain: each checkpoint loads with
+    ``from_pretrained``, and ``pruner.safetensors`` beside it makes ``train(resume_from_checkpoint=...)`` exact.
+
+    Args:
+        pruner: built on the same model; None fine-tunes without pruning.
+        teacher: adds its loss to the task's; None trains on the labels alone.
+        description: what the progress bar is called.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None, teacher: Teacher | None = None,
+        description: str = "train", **kwargs: Any,
+    ):  # fmt: skip
+        # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
+        # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
+        # number of accumulation steps and of ranks (huggingface/transformers#47688).
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]
+        super().__init__(model, args, **kwargs)
+        self.pruner = pruner
+        self.teacher = teacher
+        if pruner is not None:
+            refuse_unsupported(self)
+            self.add_callback(PruningCallback(pruner))
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar(description))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, output_hidden_states=self.teacher.settings.hidden > 0)
+        loss = self.teacher.loss(outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.pruner is not None and "loss" in logs:
+            logs = {**logs, "sparsity": self.pruner.sparsity()}
+        super().log(logs, *args, **kwargs)
+
+
+class PruningCallback(TrainerCallback):
+    """The two steps of the Pruner at the Trainer's two events, and its state beside each checkpoint."""
+
+    def __init__(self, pruner: Pruner):
+        self.pruner = pruner
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step > 0:
+            self.pruner.load_state_dict(load_file(_resumed_folder(args, state) / STATE_FILE))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pruner.before_step((state.global_step + 1) / state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        was_frozen = self.pruner.frozen
+        self.pruner.after_step()
+        if self.pruner.frozen and not was_frozen:
+            # Checkpoints from before are denser or have other masks: they do not compete for the best.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            partial = folder / f"{STATE_FILE}.partial"
+            save_file(self.pruner.state_dict(), partial)
+            os.replace(partial, folder / STATE_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pruner.finish()
+
+
+class ProgressBar(ProgressCallback):
+    """One bar per training, with loss and sparsity in it instead of lines of dicts around it."""
+
+    def __init__(self, description: str):
+        super().__init__()
+        self.description = description
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self._bar is not None:
+            self._bar.set_description(self.description)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, float] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if self._bar is not None and logs is not None and "loss" in logs:
+            shown = {key: f"{float(logs[key]):.3f}" for key in ("loss", "sparsity") if key in logs}
+            self._bar.set_postfix(shown)
+
+    @property
+    def _bar(self) -> Any:
+        return self.training_bar
+
+
+def complete_checkpoint(output_dir: str | None, pruned: bool) -> str | None:
+    """The newest checkpoint that was written to its end, or None; one that a kill cut short is passed over."""
+    last_file = STATE_FILE if pruned else "trainer_state.json"
+    folders = [path.parent for path in Path(output_dir or ".").glob(f"checkpoint-*/{last_file}")]
+    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Engines under which the model's parameters are not whole tensors that see all gradients."""
+    kind = trainer.accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError(f"training: pruning under {kind.value} is not supported; launch with DDP (MULTI_GPU) instead")
+    if trainer.args.n_gpu > 1:
+        raise InputError(
+            "training: several GPUs in one process (DataParallel) split the gradients; "
+            "start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
+
+
+def _resumed_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that the Trainer has just loaded; one without its pruning state is an error."""
+    for candidate in (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"):
+        if isinstance(candidate, str) and _step_of(Path(candidate)) == state.global_step:
+            if not (Path(candidate) / STATE_FILE).is_file():
+                raise InputError(
+                    f"{candidate}: there is no {STATE_FILE}, so its pruning cannot be resumed exactly; "
+                    "resume from another checkpoint or start afresh"
+                )
+            return Path(candidate)
+    raise InputError(
+        f"the checkpoint of step {state.global_step} lies in no known place; set resume_from_checkpoint in the "
+        "TrainingArguments to the folder that train() is given"
+    )
+
+
+def _step_of(folder: Path) -> int | None:
+    try:
+        step: int = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return step

@@ -1,0 +1,77 @@
+"""Tiny real models of each family, and a tokenizer for them, made here: the fast tests download nothing."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+
+import finllm_prune
+
+DATA = Path(finllm_prune.__file__).parent / "data" / "sentiment"
+FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert"]
+LABELS = ["negative", "neutral", "positive"]
+
+torch.set_num_threads(1)
+
+
+def tiny_model(model_type: str = "bert", layers: int = 2, hidden: int = 32, seed: int = 0) -> PreTrainedModel:
+    """A random model of the real class: 4 heads, 64 neurons, no dropout, so that runs can be compared exactly."""
+    if model_type == "distilbert":
+        sizes = {
+            "dim": hidden, "hidden_dim": 64, "n_layers": layers, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        }  # fmt: skip
+    else:
+        sizes = {
+            "hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_size": hidden,
+        }  # fmt: skip
+    torch.manual_seed(seed)
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=300, max_position_embeddings=70, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        num_labels=3, **names, **sizes,
+    )  # fmt: skip
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece of 300 entries, trained on the embedded sentences."""
+    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer()
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    texts = [json.loads(line)["text"] for line in (DATA / "train.jsonl").open(encoding="utf-8")]
+    raw.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=64,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    """Saves a tiny model of a type with its tokenizer and returns the folder."""
+
+    def save(model_type: str = "bert", **sizes: int) -> Path:
+        folder = tmp_path / f"tiny-{model_type}"
+        tiny_model(model_type, **sizes).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save

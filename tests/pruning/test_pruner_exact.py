@@ -1,0 +1,243 @@
+"""The Pruner on a plain model against the textbook: a straight-through mask inside the forward, and autograd.
+
+The reference shares only the schedule with the library. Its groups, the spread of a unit over its weights, the first
+scores, the optimizer of the scores, the penalty's gradient, and the choice of the masks are written down here anew.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from finllm_prune.families import find_family
+from finllm_prune.pruning import (
+    BUDGETS, Block, Criterion, Cubic, Head, Movement, Neuron, Pruner, Rule, SoftMovement, Structure, Unstructured,
+)  # fmt: skip
+from tests.conftest import tiny_model
+
+STEPS, ACCUMULATE, CLIP, DECAY, LR = 30, 2, 0.5, 0.1, 1e-2
+HIDDEN, NEURONS, HEADS, LAYERS, BLOCK = 32, 64, 4, 2, 8
+SCHEDULE = Cubic(begin=0.1, end=0.7, freeze=0.9, updates=12)
+SPARSITY = {"unstructured": 0.7, "block": 0.7, "neuron": 0.7, "head": 0.5}
+MATRICES = {
+    "attention.self.query": (HIDDEN, HIDDEN),
+    "attention.self.key": (HIDDEN, HIDDEN),
+    "attention.self.value": (HIDDEN, HIDDEN),
+    "attention.output.dense": (HIDDEN, HIDDEN),
+    "intermediate.dense": (NEURONS, HIDDEN),
+    "output.dense": (HIDDEN, NEURONS),
+}
+
+STRUCTURES: dict[str, tuple[str, Structure]] = {
+    "unstructured": ("encoder", Unstructured()),
+    "block": ("encoder", Block(BLOCK, BLOCK)),
+    "neuron": ("mlp", Neuron()),
+    "head": ("attention", Head()),
+}
+CRITERIA: dict[str, Criterion] = {
+    "movement": Movement(travel=1.0, initial=0.2),
+    "soft_movement": SoftMovement(travel=20.0, initial=0.2, threshold=0.1, penalty=0.3, gain=0.0),
+}
+
+
+class Gate(torch.autograd.Function):
+    """Forward: the mask over units, as floats. Backward: straight through to the scores."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, mask: Tensor) -> Tensor:
+        return mask.float()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+@dataclass
+class Unit:
+    """One unit grid of the reference: for each parameter that it cuts, the number of the unit of every weight."""
+
+    members: dict[str, Tensor]
+    shape: tuple[int, ...]
+    scores: nn.Parameter = field(init=False)
+    mask: Tensor = field(init=False)
+
+    def rank(self, latent: dict[str, nn.Parameter]) -> Tensor:
+        """0 for the unit of the smallest norm, 1 for the next, ..."""
+        squares = torch.zeros(self.shape).flatten()
+        for name, index in self.members.items():
+            squares.index_add_(0, index.flatten(), latent[name].detach().square().flatten())
+        rank = torch.empty(squares.numel())
+        rank[squares.argsort()] = torch.arange(squares.numel(), dtype=torch.float32)
+        return rank.view(self.shape)
+
+
+def reference_units(structure: str) -> dict[str, Unit]:
+    units = {}
+    for layer in range(LAYERS):
+        prefix = f"bert.encoder.layer.{layer}"
+        for path, (rows, columns) in MATRICES.items():
+            every = torch.arange(rows * columns).view(rows, columns)
+            row, column = every // columns, every % columns
+            if structure == "unstructured":
+                units[f"{prefix}.{path}"] = Unit({f"{prefix}.{path}.weight": every}, (rows, columns))
+            if structure == "block":
+                grid = (rows // BLOCK, columns // BLOCK)
+                index = row // BLOCK * grid[1] + column // BLOCK
+                units[f"{prefix}.{path}"] = Unit({f"{prefix}.{path}.weight": index}, grid)
+        if structure == "neuron":
+            up, down = f"{prefix}.intermediate.dense", f"{prefix}.output.dense"
+            number = torch.arange(NEURONS)
+            members = {
+                f"{up}.weight": number[:, None].expand(NEURONS, HIDDEN),
+                f"{up}.bias": number,
+                f"{down}.weight": number[None, :].expand(HIDDEN, NEURONS),
+            }
+            units[f"{prefix}.mlp"] = Unit(members, (NEURONS,))
+        if structure == "head":
+            number = torch.arange(HIDDEN) // (HIDDEN // HEADS)
+            members = {f"{prefix}.attention.output.dense.weight": number[None, :].expand(HIDDEN, HIDDEN)}
+            for path in ("query", "key", "value"):
+                members[f"{prefix}.attention.self.{path}.weight"] = number[:, None].expand(HIDDEN, HIDDEN)
+                members[f"{prefix}.attention.self.{path}.bias"] = number
+            units[f"{prefix}.attention"] = Unit(members, (HEADS,))
+    return units
+
+
+class Reference:
+    """Movement pruning as the papers write it: latent weights, a mask in the forward, autograd for all gradients."""
+
+    def __init__(self, model: PreTrainedModel, structure: str, criterion: Movement, budget: str, sparsity: float):
+        self.model, self.criterion, self.budget, self.sparsity = model, criterion, budget, sparsity
+        self.latent = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+        self.units = reference_units(structure)
+        for unit in self.units.values():
+            rank = unit.rank(self.latent)
+            unit.scores = nn.Parameter(criterion.initial * criterion.travel * rank / rank.numel())
+            unit.mask = torch.ones(unit.shape, dtype=torch.bool)
+        self.optimizer = torch.optim.AdamW(self.latent.values(), lr=LR, weight_decay=DECAY)
+        self.score_optimizer = torch.optim.Adam([u.scores for u in self.units.values()], betas=(0.9, 0.999), eps=1e-8)
+        self.frozen = False
+
+    def effective(self) -> dict[str, Tensor]:
+        weights = dict(self.latent)
+        for unit in self.units.values():
+            gate = Gate.apply(unit.scores, unit.mask).flatten()
+            for name, index in unit.members.items():
+                weights[name] = gate[index] * self.latent[name]
+        return weights
+
+    def step(self, batches: list[dict[str, Tensor]], before: float, now: float) -> float:
+        """One optimizer step; returns the factor by which the gradients were clipped."""
+        weights = self.effective()
+        for weight in weights.values():
+            weight.retain_grad()
+        losses = [torch.func.functional_call(self.model, weights, kwargs=batch).loss for batch in batches]
+        (sum(losses) / len(losses)).backward()
+        norm = torch.stack([weight.grad.norm() for weight in weights.values()]).norm()
+        factor = (CLIP / (norm + 1e-6)).clamp(max=1.0)
+        scores = [unit.scores for unit in self.units.values()]
+        for parameter in [*self.latent.values(), *scores]:
+            parameter.grad.mul_(factor)
+        if isinstance(self.criterion, SoftMovement):
+            sum(self.criterion.penalty * torch.sigmoid(s).mean() for s in scores).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.frozen:
+            self.score_optimizer.param_groups[0]["lr"] = self.criterion.travel * (now - before) * (1.0 - before)
+            self.score_optimizer.step()
+            if SCHEDULE.due(before, now):
+                self.choose(now)
+        self.score_optimizer.zero_grad()
+        return float(factor)
+
+    @torch.no_grad()
+    def choose(self, now: float) -> None:
+        fraction, self.frozen = SCHEDULE.fraction(now), now >= SCHEDULE.freeze
+        grids = [unit.scores.flatten() for unit in self.units.values()]
+        if isinstance(self.criterion, SoftMovement) and not self.frozen:
+            masks = [torch.sigmoid(grid) > self.criterion.threshold * fraction for grid in grids]
+        elif self.budget == "uniform":
+            masks = [top(grid, 1.0 - fraction * self.sparsity) for grid in grids]
+        else:
+            contest = torch.cat([grid.index_fill(0, grid.argmax(), torch.inf) for grid in grids])
+            masks = top(contest, 1.0 - fraction * self.sparsity).split([grid.numel() for grid in grids])
+        for unit, grid, mask in zip(self.units.values(), grids, masks, strict=True):
+            mask[grid.argmax()] = True  # no grid is emptied
+            unit.mask = mask.view(unit.shape)
+
+
+def top(scores: Tensor, density: float) -> Tensor:
+    order = scores.argsort(descending=True)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[order[: round(density * scores.numel())]] = True
+    return mask
+
+
+def batches(seed: int = 0) -> list[list[dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [
+            {
+                "input_ids": torch.randint(4, 300, (4, 6), generator=generator),
+                "labels": torch.randint(0, 3, (4,), generator=generator),
+            }
+            for _ in range(ACCUMULATE)
+        ]
+        for _ in range(STEPS)
+    ]
+
+
+def close(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_thirty_steps_equal_autograd_through_a_straight_through_mask(criterion: str, structure: str, budget: str):
+    model = tiny_model("bert", layers=LAYERS, hidden=HIDDEN)
+    reference = Reference(tiny_model("bert", layers=LAYERS, hidden=HIDDEN), structure, CRITERIA[criterion], budget,
+                          SPARSITY[structure])
+    target, cut = STRUCTURES[structure]
+    rule = Rule(target, SPARSITY[structure], cut, CRITERIA[criterion], BUDGETS[budget]())
+    pruner = Pruner(find_family("bert").groups(model, [rule]), SCHEDULE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
+    assert {group.name for group in pruner.groups} == set(reference.units)
+    parameters = dict(model.named_parameters())
+    sparsities, returned, factors = [], 0, []
+    for step, batch in enumerate(batches()):
+        for part in batch:
+            (model(**part).loss / ACCUMULATE).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        pruner.before_step((step + 1) / STEPS)
+        optimizer.step()
+        pruner.after_step()
+        optimizer.zero_grad()
+
+        old_masks = [unit.mask for unit in reference.units.values()]
+        factors.append(reference.step(batch, step / STEPS, (step + 1) / STEPS))
+
+        state = pruner.state_dict()
+        for name, unit in reference.units.items():
+            where = f"step {step + 1}, {name}"
+            assert torch.equal(pruner.masks()[name], unit.mask), f"masks differ: {where}"
+            if not pruner.frozen:
+                close(state[f"{name}/state/scores"], unit.scores.detach(), f"scores, {where}")
+        for name, weight in reference.effective().items():
+            close(parameters[name].detach(), weight.detach(), f"weights, step {step + 1}, {name}")
+        if not pruner.frozen:
+            for group in pruner.groups:
+                for slot in group.slots:
+                    whole = slot.parameter.detach().clone()
+                    if slot.parked is not None:
+                        whole += slot.parked.view_as(whole)
+                    close(whole, reference.latent[slot.name].detach(), f"latent weights, step {step + 1}, {slot.name}")
+        assert pruner.frozen == reference.frozen
+        returned += sum(
+            int((unit.mask & ~old).sum()) for unit, old in zip(reference.units.values(), old_masks, strict=True)
+        )
+        sparsities.append(pruner.sparsity())
+    # The run was one that could have shown a difference.
+    print(criterion, structure, budget, [round(s, 2) for s in sparsities], returned, min(factors), max(factors))
