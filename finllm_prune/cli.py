@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import finllm_prune
@@ -48,13 +49,13 @@ def run(
     report = run_recipe(loaded, resume=resume, overwrite=overwrite)
     if report is None:
         return
-    _print_rows(report.rows(), f"{loaded.output}: dense against pruned, test split")
+    _print_rows(report.rows(), "dense against pruned, test split")
     if report.quality.collapsed:
         console.print("[bold red]The pruned model has collapsed: it predicts one class for every text.")
     if not report.passed():
         console.print(f"[bold red]A gate failed; everything is written to {loaded.output}.")
         raise typer.Exit(GATE_FAILED)
-    console.print(f"Done in {report.run['wall_seconds']['total']:.0f} s. The card: {loaded.output / 'README.md'}")
+    console.print(f"Done in {report.run['wall_seconds']['total']:.0f} s: {loaded.output}", soft_wrap=True)
 
 
 @app.command()
@@ -123,8 +124,8 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(BAD_INPUT) from None
     except ProofError as error:
-        Console(stderr=True).print(f"[bold red]Proof failed:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]Proof failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(PROOF_FAILED) from None

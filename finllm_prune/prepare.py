@@ -146,7 +146,7 @@ def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str
     }
     try:
         return TrainingArguments(**(ours | recipe.training | changes))
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         raise InputError(f"training: transformers refuses these arguments: {' '.join(str(error).split())}") from error
 
 

@@ -106,7 +106,7 @@ class Recipe:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: there is no such recipe") from None
-        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
             raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
         try:
             data = _mapping(data, "the recipe")
@@ -119,6 +119,7 @@ class Recipe:
 
 def parse(data: dict[str, Any]) -> Recipe:
     """A recipe from plain data; raises InputError as ``Recipe.load`` does, without a file name."""
+    data = _mapping(data, "the recipe")
     known = [f.name for f in dataclasses.fields(Recipe) if f.name != "resolved"]
     _refuse_unknown(data, known, "")
     for key in ("model", "task", "pruning", "output"):
@@ -151,6 +152,8 @@ def parse(data: dict[str, Any]) -> Recipe:
         export=_typed(list[str], data.get("export", ["masked", "compact"]), "export"),
         gates=_typed(dict[str, float], data.get("gates") or {}, "gates"),
     )
+    if recipe.output.name in ("", ".."):
+        raise InputError(f"output: '{recipe.output}' is no folder that can be made anew; name one, as outputs/mine")
     for name in recipe.export:
         find_format(name)
     check_gates(recipe.gates)
@@ -203,6 +206,8 @@ def _training(data: Any, where: str) -> dict[str, Any]:
         if key in _OWNED:
             raise InputError(f"{where}.{key}: this is set by {_OWNED[key]}; remove the key")
     _refuse_unknown(settings, names, where)
+    # YAML reads an unquoted `no` as false.
+    settings = {key: "no" if value is False and key.endswith("_strategy") else value for key, value in settings.items()}
     return {key: _typed(hints[key], value, f"{where}.{key}", keep=True) for key, value in settings.items()}
 
 
@@ -263,7 +268,7 @@ def _override(data: dict[str, Any], text: str) -> None:
         raise InputError(f"override '{text}': write it as key.sub=value")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise InputError(f"override '{text}': its value is not YAML") from None
     *parents, last = path.split(".")
     place: Any = data
@@ -285,7 +290,7 @@ def _override(data: dict[str, Any], text: str) -> None:
 
 
 def _index(place: list[Any], part: str, text: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
+    if not part.isdecimal() or int(part) >= len(place):
         raise InputError(f"override '{text}': '{part}' is no index of a list of {len(place)}")
     return int(part)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -21,6 +22,8 @@ FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert"]
 LABELS = ["negative", "neutral", "positive"]
 
 torch.set_num_threads(1)
+settings.register_profile("finllm_prune", deadline=None, max_examples=50)  # a busy machine is no bug
+settings.load_profile("finllm_prune")
 
 
 def tiny_model(model_type: str = "bert", layers: int = 2, hidden: int = 32, seed: int = 0) -> PreTrainedModel:
@@ -51,7 +54,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.normalizer = normalizers.BertNormalizer()
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    texts = [json.loads(line)["text"] for line in (DATA / "train.jsonl").open(encoding="utf-8")]
+    texts = [json.loads(line)["text"] for line in (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     raw.train_from_iterator(
         texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
     )

@@ -43,7 +43,7 @@ def save_proved(
             "format_version": 1,
             "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
             "zeros": zeros,
-            "sha256": {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))},
+            "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir()) if path.is_file()},
             "probe": {"input_ids": probe["input_ids"].tolist(), "logits": expected.tolist(), "tolerance": TOLERANCE},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest))
@@ -60,10 +60,11 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        hashes, zeros, probe = manifest["sha256"], manifest["zeros"], manifest["probe"]
-    except FileNotFoundError:
+        hashes, zeros, _ = dict(manifest["sha256"]), dict(manifest["zeros"]), manifest["format"]
+        ids, logits = (torch.tensor(manifest["probe"][key]) for key in ("input_ids", "logits"))
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} holds no {MANIFEST}: it is not a checkpoint that finllm-prune exported") from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ProofError(f"{folder / MANIFEST} is damaged ({error}); export the checkpoint anew") from error
     for name, expected in hashes.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
@@ -71,9 +72,8 @@ def verify(folder: Path) -> dict[str, Any]:
     model = _load(folder)
     if zero_counts(model) != zeros:
         raise ProofError(f"{folder}: the weights have other zeros than the manifest says; export it anew")
-    ids = torch.tensor(probe["input_ids"])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _compare(_logits(model, inputs), torch.tensor(probe["logits"]), folder)
+    _compare(_logits(model, inputs), logits, folder)
     return manifest
 
 

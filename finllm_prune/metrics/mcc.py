@@ -12,7 +12,9 @@ from sklearn.metrics import matthews_corrcoef
 
 
 def mcc(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """The metric of class indices, as scikit-learn computes it."""
+    """The metric of class indices, as scikit-learn computes it; 0 (without its warning) where one class is all there is."""
+    if len({*predictions, *references}) < 2:
+        return 0.0
     return float(matthews_corrcoef(references, predictions))
 
 

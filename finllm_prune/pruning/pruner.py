@@ -132,17 +132,19 @@ class Pruner:
             )
         device = self.skipped.device
         self.progress = float(state["progress"])
-        self.skipped = state["skipped"].to(device)
+        self.skipped = state["skipped"].to(device, copy=True)
         self.frozen = self.progress >= self.schedule.freeze
         for group in self.groups:
             group.set_mask(state[f"{group.name}/mask"].to(device))
             prefix = f"{group.name}/state/"
             self._states[group.name] = {
-                key.removeprefix(prefix): tensor.to(device) for key, tensor in state.items() if key.startswith(prefix)
+                key.removeprefix(prefix): tensor.to(device, copy=True)
+                for key, tensor in state.items()
+                if key.startswith(prefix)
             }
             for slot in group.slots:
                 parked = state.get(f"{slot.name}/parked")
-                slot.parked = None if parked is None else parked.to(device)
+                slot.parked = None if parked is None else parked.to(device, copy=True)
 
     def _bad_gradients(self) -> Tensor:
         """1.0 where a gradient is not finite, without a host sync: fp16 skips such a step, and so must the scores."""
@@ -151,7 +153,7 @@ class Pruner:
         ]
         if self.frozen or not gradients:
             return torch.zeros_like(self.skipped)
-        sums = torch.stack([gradient.sum().float() for gradient in gradients])
+        sums = torch.stack([gradient.sum(dtype=torch.float32) for gradient in gradients])
         return (~torch.isfinite(sums)).any().to(self.skipped)
 
     def _rules(self) -> dict[int, tuple[Rule, list[Group]]]:

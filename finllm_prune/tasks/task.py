@@ -110,7 +110,7 @@ def index_labels(values: Sequence[Any], labels: list[str], where: str) -> list[i
     index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
     out = []
     for row, value in enumerate(values):
-        if value not in index:
+        if not isinstance(value, str | int | float) or value not in index:
             raise InputError(
                 f"{where}: row {row} has the unknown label {value!r}; known are {', '.join(labels)}: "
                 "mend the row or set task.labels"
@@ -128,10 +128,13 @@ def _read_folder(folder: Path) -> datasets.DatasetDict:
                 splits[name] = datasets.load_dataset(
                     _BUILDERS[files[0].suffix], data_files={name: str(files[0])}, split=name
                 )
-            except (ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+            except (ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+                reason = " ".join((str(error.__cause__ or error) or "it is empty").split())
+                raise InputError(f"{files[0]} cannot be read as {files[0].suffix[1:]} ({reason}); mend it") from error
+            if files[0].suffix == ".csv" and "__index_level_0__" in splits[name].column_names:
                 raise InputError(
-                    f"{files[0]} cannot be read as {files[0].suffix[1:]}: {error}; mend the file"
-                ) from error
+                    f"{files[0]}: its rows have more fields than its header; put texts with a comma in quotes"
+                )
     if not splits:
         raise InputError(f"task.dataset: {folder} holds no train, validation or test .parquet, .jsonl or .csv file")
     return datasets.DatasetDict(splits)

@@ -5,13 +5,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finllm_prune.errors import InputError
 from finllm_prune.pruning import Pruner
+from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.distillation import Teacher
 
 STATE_FILE = "pruner.safetensors"
@@ -56,6 +59,17 @@ class PruningTrainer(Trainer):
         outputs = model(**inputs, output_hidden_states=self.teacher.settings.hidden > 0)
         loss = self.teacher.loss(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """``train_sampling_strategy: group_by_length`` with the batches of an epoch in random order."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, datasets.Dataset):
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        batch_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BucketSampler(lengths, batch_size, seed)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.pruner is not None and "loss" in logs:

@@ -13,8 +13,19 @@ from transformers import PreTrainedModel
 
 from finllm_prune.families import find_family
 from finllm_prune.pruning import (
-    BUDGETS, Block, Criterion, Cubic, Head, Movement, Neuron, Pruner, Rule, SoftMovement, Structure, Unstructured,
-)  # fmt: skip
+    BUDGETS,
+    Block,
+    Criterion,
+    Cubic,
+    Head,
+    Movement,
+    Neuron,
+    Pruner,
+    Rule,
+    SoftMovement,
+    Structure,
+    Unstructured,
+)
 from tests.conftest import tiny_model
 
 STEPS, ACCUMULATE, CLIP, DECAY, LR = 30, 2, 0.5, 0.1, 1e-2
@@ -38,7 +49,7 @@ STRUCTURES: dict[str, tuple[str, Structure]] = {
 }
 CRITERIA: dict[str, Criterion] = {
     "movement": Movement(travel=1.0, initial=0.2),
-    "soft_movement": SoftMovement(travel=20.0, initial=0.2, threshold=0.1, penalty=0.3, gain=0.0),
+    "soft_movement": SoftMovement(travel=6.0, initial=0.2, threshold=0.3, penalty=0.004, gain=0.0),
 }
 
 
@@ -175,7 +186,7 @@ def top(scores: Tensor, density: float) -> Tensor:
     return mask
 
 
-def batches(seed: int = 0) -> list[list[dict[str, Tensor]]]:
+def batches(seed: int = 6) -> list[list[dict[str, Tensor]]]:
     generator = torch.Generator().manual_seed(seed)
     return [
         [
@@ -189,8 +200,10 @@ def batches(seed: int = 0) -> list[list[dict[str, Tensor]]]:
     ]
 
 
-def close(actual: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6, msg=lambda text: f"{what}: {text}")
+# An Adam step is lr * g / (|g| + eps), so the last bit of a small g shows in the scores in proportion to their learning
+# rate, which is travel / steps: their tolerance is given in units of travel. Weights get the tolerance itself.
+def close(actual: Tensor, expected: Tensor, what: str, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
 @pytest.mark.parametrize("budget", ["uniform", "global"])
@@ -198,13 +211,15 @@ def close(actual: Tensor, expected: Tensor, what: str) -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_thirty_steps_equal_autograd_through_a_straight_through_mask(criterion: str, structure: str, budget: str):
     model = tiny_model("bert", layers=LAYERS, hidden=HIDDEN)
-    reference = Reference(tiny_model("bert", layers=LAYERS, hidden=HIDDEN), structure, CRITERIA[criterion], budget,
-                          SPARSITY[structure])
+    reference = Reference(
+        tiny_model("bert", layers=LAYERS, hidden=HIDDEN), structure, CRITERIA[criterion], budget, SPARSITY[structure]
+    )
     target, cut = STRUCTURES[structure]
     rule = Rule(target, SPARSITY[structure], cut, CRITERIA[criterion], BUDGETS[budget]())
     pruner = Pruner(find_family("bert").groups(model, [rule]), SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
     assert {group.name for group in pruner.groups} == set(reference.units)
+    travel = CRITERIA[criterion].travel
     parameters = dict(model.named_parameters())
     sparsities, returned, factors = [], 0, []
     for step, batch in enumerate(batches()):
@@ -224,7 +239,7 @@ def test_thirty_steps_equal_autograd_through_a_straight_through_mask(criterion: 
             where = f"step {step + 1}, {name}"
             assert torch.equal(pruner.masks()[name], unit.mask), f"masks differ: {where}"
             if not pruner.frozen:
-                close(state[f"{name}/state/scores"], unit.scores.detach(), f"scores, {where}")
+                close(state[f"{name}/state/scores"], unit.scores.detach(), f"scores, {where}", 1e-6 * travel)
         for name, weight in reference.effective().items():
             close(parameters[name].detach(), weight.detach(), f"weights, step {step + 1}, {name}")
         if not pruner.frozen:
@@ -239,5 +254,8 @@ def test_thirty_steps_equal_autograd_through_a_straight_through_mask(criterion: 
             int((unit.mask & ~old).sum()) for unit, old in zip(reference.units.values(), old_masks, strict=True)
         )
         sparsities.append(pruner.sparsity())
-    # The run was one that could have shown a difference.
-    print(criterion, structure, budget, [round(s, 2) for s in sparsities], returned, min(factors), max(factors))
+    # The run was one that could have shown a difference: it clipped, it cut long before the end, and units came back.
+    assert min(factors) < 1.0
+    assert 0.2 < sparsities[20] < 1.0
+    assert sparsities[-1] == pytest.approx(SPARSITY[structure], abs=0.02)
+    assert returned > 0 or structure != "unstructured"

@@ -1,0 +1,97 @@
+"""Metrics: the plain functions and their `evaluate` modules against formulas written down here."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import finllm_prune.metrics
+from finllm_prune.errors import InputError
+from finllm_prune.metrics import find_metric
+
+FOLDER = Path(finllm_prune.metrics.__file__).parent
+NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+
+
+def accuracy(predictions: Any, references: Any) -> float:
+    return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
+
+
+def macro_f1(predictions: Any, references: Any) -> float:
+    p, r = np.array(predictions), np.array(references)
+    scores = []
+    for c in np.union1d(p, r):
+        true_positives = np.sum((p == c) & (r == c))
+        scores.append(2 * true_positives / (np.sum(p == c) + np.sum(r == c)))
+    return float(np.mean(scores))
+
+
+def mcc(predictions: Any, references: Any) -> float:
+    """The correlation of the indicator vectors of both, summed over the classes; 0 where one of them is constant."""
+    classes = np.union1d(predictions, references)
+    p, r = (np.array(x)[:, None] == classes for x in (predictions, references))
+    p, r = p - p.mean(0), r - r.mean(0)
+    spread = np.sum(p * p) * np.sum(r * r)
+    return float(np.sum(p * r) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+FORMULAS = {"accuracy": accuracy, "macro_f1": macro_f1, "mcc": mcc}
+pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
+
+
+def test_every_metric_file_has_its_formula_here() -> None:
+    assert sorted(FORMULAS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@example(rows=[(1, 1), (1, 1)])
+@example(rows=[(0, 0)])
+@example(rows=[(2, 0), (2, 1)])
+@given(rows=pairs)
+def test_a_metric_is_its_formula(name: str, rows: list[tuple[int, int]]) -> None:
+    predictions, references = (list(column) for column in zip(*rows, strict=True))
+    got = find_metric(name)(predictions, references)
+    assert isinstance(got, float)
+    assert got == pytest.approx(FORMULAS[name](predictions, references), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_evaluate_module_gives_the_same(name: str, tmp_path: Path) -> None:
+    module = evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(tmp_path))
+    generator = np.random.default_rng(0)
+    predictions, references = generator.integers(0, 3, (2, 50)).tolist()
+    assert module.compute(predictions=predictions, references=references) == {
+        name: pytest.approx(FORMULAS[name](predictions, references))
+    }
+
+
+@pytest.mark.slow
+def test_the_evaluate_modules_load_without_network_and_without_the_package(tmp_path: Path) -> None:
+    code = (
+        "import sys, socket, evaluate\n"
+        "def refuse(*args, **kwargs): raise AssertionError('a metric asked the network')\n"
+        "socket.socket.connect = socket.create_connection = refuse\n"
+        "for path in sys.argv[1:]:\n"
+        "    print(evaluate.load(path).compute(predictions=[0, 1, 1], references=[0, 1, 2]))\n"
+        "assert 'finllm_prune' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(FOLDER / f"{name}.py") for name in NAMES)], cwd=tmp_path, text=True,
+        capture_output=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [next(iter(ast.literal_eval(line))) for line in done.stdout.splitlines()] == NAMES
+
+
+def test_an_unknown_metric_names_the_file_to_write() -> None:
+    with pytest.raises(InputError, match=r"unknown metric 'f2': write it as finllm_prune/metrics/f2\.py"):
+        find_metric("f2")

@@ -1,0 +1,73 @@
+"""Every recipe of the repository parses, and trains a tiny random model of its own architecture to a complete output."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+from finllm_prune.checkpoints import verify
+from finllm_prune.recipe import Recipe
+from finllm_prune.run import run
+from tests import small
+from tests.conftest import LABELS
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
+MODEL_TYPES = {
+    "ProsusAI/finbert": "bert",
+    "distilbert/distilroberta-base": "roberta",
+    "sentence-transformers/all-MiniLM-L6-v2": "bert",
+}
+
+
+def test_there_are_recipes() -> None:
+    assert {"quickstart.yaml", "finbert.yaml", "distilroberta.yaml", "minilm.yaml"} <= {path.name for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_resolves_to_itself(path: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(path)
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.resolved))
+    assert Recipe.load(tmp_path / "resolved.yaml") == recipe
+    assert recipe.gates, "a recipe says what it is to reach"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_to_a_complete_output(
+    path: Path, tmp_path: Path, tiny_folder: small.TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.few_resamples(monkeypatch)
+    written = Recipe.load(path)
+    model = tiny_folder(MODEL_TYPES[written.model.name], hidden=64)
+    overrides = [
+        f"model.name={model}", f"task.dataset={small.write_folder(tmp_path / 'data')}", f"output={tmp_path / 'out'}",
+        "gates={}", "training.max_steps=2", "dense.training.max_steps=2", "training.use_cpu=true",
+        "training.disable_tqdm=true",
+    ]  # fmt: skip
+    if written.dense.checkpoint is not None:
+        overrides.append(f"dense.checkpoint={model}")
+    recipe = Recipe.load(path, overrides)
+    report = run(recipe)
+    assert report is not None
+    expected = {"dense", *recipe.export, "plots", "README.md", "report.json", "recipe.yaml"}
+    assert {file.name for file in recipe.output.iterdir()} == expected
+    assert not recipe.output.with_name("out.partial").exists()
+    assert Recipe.load(recipe.output / "recipe.yaml") == recipe
+    figures = json.loads((recipe.output / "report.json").read_text())
+    for rule in recipe.pruning.rules:
+        layers = [
+            layer for layer in figures["layers"]
+            if rule.target == "encoder" or (".attention." in layer["layer"]) == (rule.target == "attention")
+        ]  # fmt: skip
+        sizes = [math.prod(layer["shape"]) for layer in layers]
+        kept = sum(layer["density"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+        assert 1 - kept == pytest.approx(rule.sparsity, abs=0.02)
+    for name in recipe.export:
+        assert verify(recipe.output / name)["format"] == name
+        saved = AutoModelForSequenceClassification.from_pretrained(recipe.output / name)
+        assert [saved.config.id2label[i] for i in range(3)] == LABELS
+    if "compact" in recipe.export:
+        assert figures["bytes"]["compact"] < figures["bytes"]["dense"]

@@ -1,0 +1,237 @@
+"""The Trainer: exact resume, the loss scale, the best checkpoint, distillation, autocast."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from finllm_prune.errors import InputError
+from finllm_prune.families import find_family
+from finllm_prune.pruning import (
+    Block,
+    Constant,
+    Criterion,
+    Cubic,
+    Global,
+    Magnitude,
+    Movement,
+    Neuron,
+    Pruner,
+    Rule,
+    SoftMovement,
+)
+from finllm_prune.training import Distillation, PruningTrainer, Teacher
+from finllm_prune.training.trainer import STATE_FILE, complete_checkpoint
+from tests.conftest import tiny_model
+
+RULES = {
+    "neuron": [Rule("mlp", 0.5, structure=Neuron())],
+    "unstructured": [Rule("encoder", 0.75, budget=Global())],
+    "block": [
+        Rule("attention", 0.5, structure=Block(8, 8)),
+        Rule("mlp", 0.5, structure=Neuron(), criterion=SoftMovement()),
+    ],
+}
+
+
+def rows(n: int = 96, length: int = 12) -> datasets.Dataset:
+    ids = torch.randint(5, 300, (n, length), generator=torch.Generator().manual_seed(1))
+    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 3}
+    return datasets.Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
+
+
+def trainer(
+    folder: Path, rules: list[Rule] | None, *, model: PreTrainedModel | None = None, teacher: Teacher | None = None,
+    data: datasets.Dataset | None = None, callbacks: list[TrainerCallback] | None = None, parts: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> PruningTrainer:  # fmt: skip
+    model = model or tiny_model()
+    defaults = {
+        "max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.1, "save_strategy": "no",
+        "disable_tqdm": True, "logging_steps": 1, "use_cpu": True, "dataloader_pin_memory": False, "seed": 5,
+    }  # fmt: skip
+    pruner = Pruner(find_family("bert").groups(model, rules), Cubic()) if rules else None
+    return PruningTrainer(
+        model, TrainingArguments(str(folder), **(defaults | arguments)), pruner=pruner, teacher=teacher,
+        train_dataset=data or rows(), callbacks=callbacks, **(parts or {}),
+    )  # fmt: skip
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    whole = trainer(tmp_path / "whole", RULES[kind], save_strategy="steps", save_steps=1, save_total_limit=20)
+    whole.train()
+    for step in (1, 4, 8, 11):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resumed = trainer(tmp_path / "resumed", RULES[kind], resume_from_checkpoint=checkpoint)
+        resumed.train(resume_from_checkpoint=checkpoint)
+        assert resumed.pruner is not None
+        assert whole.pruner is not None
+        assert resumed.pruner.mask_hash() == whole.pruner.mask_hash()
+        assert_same(weights(resumed.model), weights(whole.model))
+
+
+def test_a_checkpoint_in_mid_run_is_a_plain_model_with_exact_zeros(tmp_path: Path) -> None:
+    run = trainer(tmp_path, RULES["neuron"], save_strategy="steps", save_steps=6)
+    run.train()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6")
+    masks = {
+        k.removesuffix("/mask"): v for k, v in load_file(tmp_path / "checkpoint-6" / STATE_FILE).items() if "/mask" in k
+    }
+    assert masks
+    for block in range(2):
+        kept = masks[f"bert.encoder.layer.{block}.mlp"]
+        assert 0 < int((~kept).sum()) < 64
+        layer = loaded.bert.encoder.layer[block]
+        for tensor in (layer.intermediate.dense.weight[~kept], layer.intermediate.dense.bias[~kept]):
+            assert not tensor.any()
+        assert not layer.output.dense.weight[:, ~kept].any()
+
+
+def test_a_checkpoint_without_its_pruning_state_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, RULES["neuron"], save_strategy="steps", save_steps=4).train()
+    (tmp_path / "checkpoint-8" / STATE_FILE).unlink()
+    again = trainer(tmp_path, RULES["neuron"])
+    with pytest.raises(InputError, match=r"checkpoint-8: there is no pruner\.safetensors"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert complete_checkpoint(str(tmp_path), pruned=True) == str(tmp_path / "checkpoint-12")
+    (tmp_path / "checkpoint-12" / STATE_FILE).unlink()
+    assert complete_checkpoint(str(tmp_path), pruned=True) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("kind", ["neuron", "unstructured"])
+def test_trap_6_accumulation_of_4_times_8_is_a_batch_of_32(tmp_path: Path, kind: str) -> None:
+    """Without ``accepts_loss_kwargs = False`` the accumulated gradient would be four times too large."""
+    at_once = trainer(tmp_path / "a", RULES[kind], per_device_train_batch_size=32, optim="sgd", max_grad_norm=0.1)
+    at_once.train()
+    in_parts = trainer(tmp_path / "b", RULES[kind], gradient_accumulation_steps=4, optim="sgd", max_grad_norm=0.1)
+    in_parts.train()
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (at_once, in_parts)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+    norms = [[entry["grad_norm"] for entry in t.state.log_history if "grad_norm" in entry] for t in (at_once, in_parts)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert_same(weights(at_once.model), weights(in_parts.model), 1e-5)
+
+
+def test_trap_8_only_checkpoints_with_the_final_masks_compete_for_the_best(tmp_path: Path) -> None:
+    """The metric falls with every evaluation, so the first, dense checkpoint would win an open contest."""
+    calls = []
+
+    def metric(_: Any) -> dict[str, float]:
+        calls.append(1)
+        return {"falling": -float(len(calls))}
+
+    run = trainer(
+        tmp_path, RULES["neuron"], save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="falling", greater_is_better=True, save_total_limit=2,
+        parts={"eval_dataset": rows(16), "compute_metrics": metric},
+    )  # fmt: skip
+    run.train()
+    freeze = next(step for step in range(1, 13) if step / 12 >= 0.9)
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{freeze}")
+    assert run.pruner is not None
+    assert run.pruner.sparsity() == 0.5
+    kept = run.pruner.masks()["bert.encoder.layer.0.mlp"]
+    assert not run.model.bert.encoder.layer[0].intermediate.dense.weight[~kept].any()
+    best = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"checkpoint-{freeze}")
+    assert_same(weights(best), weights(run.model))
+
+
+def test_pruned_weights_are_zero_after_every_step_and_the_log_says_how_many(tmp_path: Path) -> None:
+    class Watch(TrainerCallback):
+        seen: list[float] = []  # noqa: RUF012
+
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            linears = find_family("bert").linears(kwargs["model"]).values()
+            self.seen.append(sum(int((x.weight == 0).sum()) for x in linears) / sum(x.weight.numel() for x in linears))
+
+    watch = Watch()
+    run = trainer(tmp_path, RULES["unstructured"], callbacks=[watch])
+    run.train()
+    logged = [entry["sparsity"] for entry in run.state.log_history if "sparsity" in entry]
+    assert len(logged) == len(watch.seen) == 12
+    assert watch.seen == pytest.approx(logged, abs=1e-4)
+    assert watch.seen[0] == 0.0
+    assert watch.seen[-1] == pytest.approx(0.75, abs=1e-4)
+
+
+def test_bf16_autocast_trains_and_prunes_with_fp32_weights(tmp_path: Path) -> None:
+    run = trainer(tmp_path, RULES["neuron"], bf16=True)
+    run.train()
+    assert run.pruner is not None
+    assert run.pruner.sparsity() == 0.5
+    assert run.model.dtype == torch.float32
+    assert all(value.isfinite().all() for value in weights(run.model).values())
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Movement()])
+def test_one_shot_prunes_once_and_recovers(tmp_path: Path, criterion: Criterion) -> None:
+    model = tiny_model()
+    groups = find_family("bert").groups(model, [Rule("mlp", 0.5, structure=Neuron(), criterion=criterion)])
+    run = trainer(tmp_path, None, model=model)
+    run = PruningTrainer(
+        model, run.args, pruner=Pruner(groups, Constant(begin=0.2, end=0.25, freeze=0.3)), train_dataset=rows()
+    )
+    run.train()
+    logged = [entry["sparsity"] for entry in run.state.log_history if "sparsity" in entry]
+    assert set(logged) == {0.0, 0.5}
+    assert logged == sorted(logged)
+
+
+def test_the_distillation_loss_is_its_formula() -> None:
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    ids = torch.randint(5, 300, (4, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
+    outputs = student(**inputs, output_hidden_states=True)
+    settings = Distillation(alpha=0.7, temperature=3.0, hidden=0.5)
+    got = Teacher(teacher, settings, [0, 1]).loss(outputs, inputs)
+
+    target = teacher.eval()(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    p, q = (F.softmax(logits / 3.0, -1) for logits in (target.logits, outputs.logits))
+    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    kept = mask.bool()
+    layers = sum(F.mse_loss(outputs.hidden_states[i][kept], target.hidden_states[i][kept]) for i in (1, 2))
+    expected = 0.7 * 9.0 * divergence + 0.3 * F.cross_entropy(outputs.logits, inputs["labels"]) + 0.5 * layers
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_student_of_fewer_layers_imitates_the_layers_that_it_kept(tmp_path: Path) -> None:
+    student, teacher = tiny_model(layers=4), tiny_model(layers=4)
+    find_family("bert").keep_layers(student, [1, 3])
+    run = trainer(tmp_path, None, model=student, teacher=Teacher(teacher, Distillation(), [1, 3]))
+    run.train()
+    assert student.config.num_hidden_layers == 2
+    student.save_pretrained(tmp_path / "saved")
+    assert_same(weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")), weights(student))
+
+
+def test_the_teacher_is_not_trained(tmp_path: Path) -> None:
+    teacher = tiny_model(seed=3)
+    before = weights(teacher)
+    trainer(tmp_path, RULES["neuron"], teacher=Teacher(teacher, Distillation(), [0, 1])).train()
+    assert_same(before, weights(teacher))
