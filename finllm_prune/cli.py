@@ -46,7 +46,10 @@ def run(
 
     datasets.disable_progress_bars()
     loaded = Recipe.load(recipe, overrides or [])
-    report = run_recipe(loaded, resume=resume, overwrite=overwrite)
+    try:
+        report = run_recipe(loaded, resume=resume, overwrite=overwrite)
+    except InputError as error:
+        raise InputError(f"{recipe}: {error}") from error
     if report is None:
         return
     _print_rows(report.rows(), "dense against pruned, test split")
@@ -64,12 +67,13 @@ def evaluate(
     task: Annotated[str, typer.Option(help="The task, as sentiment.")] = "sentiment",
     dataset: Annotated[str, typer.Option(help="builtin, a folder of splits, or a Hub id.")] = "builtin",
     baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 128,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Measure a model on a test split; with --baseline, hold it against the dense one."""
     from finllm_prune.saved import evaluate_saved
 
-    figures, rows = evaluate_saved(model, task, dataset, baseline)
+    figures, rows = evaluate_saved(model, task, dataset, baseline, max_length)
     _print_rows(rows, f"{model} on {dataset}")
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")

@@ -16,6 +16,7 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -38,6 +39,14 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 _REMEDY = "use --overwrite to replace it, or set another output"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,10 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     arguments = training_arguments(recipe, work, "prune", {})
     _check_output(recipe, work, resume, overwrite)
     examples = recipe.task.load()
-    location, origin = locate(recipe.dense.checkpoint or recipe.model.name)
-    config = AutoConfig.from_pretrained(location)
+    location, origin = (
+        locate(recipe.dense.checkpoint, "dense.checkpoint") if recipe.dense.checkpoint else locate(recipe.model.name)
+    )
+    config = load_config(location)
     family = find_family(config.model_type)
     examples = examples.reordered(label_order(config, examples.labels))
     set_seed(arguments.seed)
@@ -90,7 +101,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
         family.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
     refuse_overlap(family.groups(model, recipe.pruning.rules))
     teacher = _teacher(recipe, config, examples.labels)
-    tokenizer = AutoTokenizer.from_pretrained(location)
+    tokenizer = load_tokenizer(location)
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
     PartialState().wait_for_everyone()
@@ -109,9 +120,31 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
             location, num_labels=len(labels), id2label=dict(enumerate(labels)),
             label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True,
         )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model: the weights of {location} cannot be loaded: {_one_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     return model
+
+
+def load_config(location: str) -> PreTrainedConfig:
+    """The config of a model; a damaged one is one sentence."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model: the config of {location} cannot be read: {_one_line(error)}") from error
+    return config
+
+
+def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; where a folder has none, transformers would silently make one that knows no words."""
+    if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(f"model: {location} holds no tokenizer; save the model's tokenizer into the same folder")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model: the tokenizer of {location} cannot be read: {_one_line(error)}") from error
+    return tokenizer
 
 
 def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | None = None) -> list[str]:
@@ -147,7 +180,7 @@ def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str
     try:
         return TrainingArguments(**(ours | recipe.training | changes))
     except (ValueError, TypeError, ImportError, OSError, OverflowError) as error:
-        raise InputError(f"training: transformers refuses these arguments: {' '.join(str(error).split())}") from error
+        raise InputError(f"training: transformers refuses these arguments: {_one_line(error)}") from error
 
 
 def provenance(ready: Prepared) -> dict[str, Any]:
@@ -182,9 +215,17 @@ def provenance(ready: Prepared) -> dict[str, Any]:
 
 def _check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:
     output = recipe.output
+    if any(parent.is_file() for parent in output.absolute().parents):
+        raise InputError(f"output: {output} lies below a file; name a folder that can be made")
+    if output.exists() and not (output / "recipe.yaml").is_file():
+        raise InputError(
+            f"output: {output} exists and is not the output of a run, so it is left alone; set another output"
+        )
     if resume:
         if not work.is_dir():
             raise InputError(f"--resume: there is no unfinished run in {work}; start it without --resume")
+        if not (work / "recipe.yaml").is_file():
+            raise InputError(f"--resume: {work} holds no recipe.yaml, so it is no run; start afresh with --overwrite")
         started = yaml.safe_load((work / "recipe.yaml").read_text())
         if started != recipe.resolved:
             changed = [key for key in recipe.resolved if started.get(key) != recipe.resolved[key]]
@@ -215,8 +256,8 @@ def _names(config: PreTrainedConfig) -> list[str]:
 def _teacher(recipe: Recipe, config: Any, labels: list[str]) -> str | None:
     if recipe.distillation is None or recipe.distillation.teacher == "dense":
         return None
-    location, _ = locate(recipe.distillation.teacher)
-    other = AutoConfig.from_pretrained(location)
+    location, _ = locate(recipe.distillation.teacher, "distillation.teacher")
+    other = load_config(location)
     if _names(other) != labels:
         raise InputError(
             f"distillation.teacher: {recipe.distillation.teacher} predicts {', '.join(_names(other))}, "
@@ -235,6 +276,10 @@ def _teacher(recipe: Recipe, config: Any, labels: list[str]) -> str | None:
 def _size(config: PreTrainedConfig) -> tuple[int, int]:
     """The width and the depth of a model."""
     return config.hidden_size, getattr(config, find_family(config.model_type).depth)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _commit() -> str | None:

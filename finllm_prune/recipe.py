@@ -257,7 +257,7 @@ def _refuse_unknown(data: Mapping[str, Any], known: typing.Sequence[str], where:
 def _hint(name: str, known: typing.Iterable[str]) -> str:
     choices = list(known)
     close = difflib.get_close_matches(name, choices, n=1)
-    listed = f"; known: {', '.join(choices)}" if len(choices) <= 12 else ""
+    listed = f"; known: {', '.join(choices)}" if len(choices) <= 12 else "; see transformers.TrainingArguments"
     return (f"; did you mean '{close[0]}'?" if close else "") + listed
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints import find_format
+from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import Report, compare, layer_table, measure, predict, removed, weight_bytes
 from finllm_prune.evaluation.plots import draw
 from finllm_prune.families import find_family
@@ -78,6 +79,8 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any
     pruner = Pruner(family.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
     trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if not pruner.holds():
+        raise ProofError("the trained model has weights where its masks have none; nothing was exported")
     return student, pruner, [entry for entry in trainer.state.log_history if "sparsity" in entry]
 
 

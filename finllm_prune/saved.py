@@ -5,17 +5,19 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from finllm_prune.evaluation import compare, layer_table, predict, quality_rows
 from finllm_prune.hub.base_model import locate
-from finllm_prune.prepare import label_order, load_model
+from finllm_prune.prepare import label_order, load_config, load_model, load_tokenizer
 from finllm_prune.tasks import find_task
 
 Rows = list[tuple[str, ...]]
 
 
-def evaluate_saved(model: str, task_name: str, dataset: str, baseline: str | None) -> tuple[dict[str, Any], Rows]:
+def evaluate_saved(
+    model: str, task_name: str, dataset: str, baseline: str | None, max_length: int = 128
+) -> tuple[dict[str, Any], Rows]:
     """Measure a saved model on a task's test split.
 
     Returns:
@@ -24,13 +26,13 @@ def evaluate_saved(model: str, task_name: str, dataset: str, baseline: str | Non
     Raises:
         InputError: the model's labels are not those of the data, or one of them cannot be read.
     """
-    task = find_task(task_name)(dataset=dataset)  # type: ignore[call-arg]
+    task = find_task(task_name)(dataset=dataset, max_length=max_length)  # type: ignore[call-arg]
     examples = task.load()
     predictions = {}
     for name in dict.fromkeys([baseline or model, model]):
         location, _ = locate(name)
-        labels = label_order(AutoConfig.from_pretrained(location), examples.labels, must_match=name)
-        tokenizer = AutoTokenizer.from_pretrained(location)
+        labels = label_order(load_config(location), examples.labels, must_match=name)
+        tokenizer = load_tokenizer(location)
         tokens = task.tokenize(examples.splits["test"], tokenizer)
         classes = predict(load_model(task, location, labels), tokens, task.collator(tokenizer))
         predictions[name] = np.array([examples.labels.index(labels[i]) for i in classes])

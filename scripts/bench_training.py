@@ -2,9 +2,9 @@
 
     python scripts/bench_training.py [--rounds 3] [--steps 32]
 
-MiniLM-L6 with its real weights, batch 32 x 64 tokens, AdamW, no distillation. Each round trains every variant once, in turn, for
-the same few steps; the masks are chosen as often as in a run of 256 steps (every fourth step between 10 % and 90 % of the run), and
-the ratio is taken round by round. The peak of the resident memory is read in a process of its own per variant.
+MiniLM-L6 with its real weights, batch 32 x 64 tokens, AdamW, no distillation. Each round trains every variant once, in turn,
+for the same few steps; the masks are chosen as often as in a run of 256 steps (every fourth step between 10 % and 90 % of the
+run), and the ratio is taken round by round. The peak of the resident memory is read in a process of its own per variant.
 """
 
 import argparse
@@ -50,7 +50,9 @@ class Clock(TrainerCallback):
         self.seconds: list[float] = []
         self.begin = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start."""
         self.begin = time.perf_counter()
 
@@ -88,7 +90,16 @@ def train(variant: str, steps: int, batch: int, tokens: int) -> float:
 
 def peak_megabytes(variant: str, args: argparse.Namespace) -> float:
     """The peak resident memory of a process that trains one variant for ten steps."""
-    command = [sys.executable, __file__, "--memory-of", variant, "--batch", str(args.batch), "--tokens", str(args.tokens)]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        variant,
+        "--batch",
+        str(args.batch),
+        "--tokens",
+        str(args.tokens),
+    ]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -111,7 +122,9 @@ def main() -> None:
         for variant, series in times.items():
             series.append(train(variant, args.steps, args.batch, args.tokens))
     plain = times["plain Trainer"]
-    print(f"\nMiniLM-L6, batch {args.batch} x {args.tokens} tokens, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    print(
+        f"\nMiniLM-L6, batch {args.batch} x {args.tokens} tokens, {torch.get_num_threads()} threads, {args.rounds} rounds"
+    )
     print("| variant | seconds per step, median | ratio to plain: median (min to max) | peak memory, MB | ratio |")
     print("|---|---|---|---|---|")
     for variant, series in times.items():

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -298,11 +299,18 @@ def test_an_existing_output_is_kept_until_it_is_to_be_replaced(
     assert call("run", home / "mine.yaml", *changes) == 2
     line = error_line(capsys)
     assert str(out) in line
-    assert "--overwrite" in line
+    assert "is not the output of a run" in line
+    assert call("run", home / "mine.yaml", *changes, "--overwrite") == 2, "not even with --overwrite"
+    assert contents(tmp_path) == {"out/thesis.txt": b"ten years of work"}
+    shutil.rmtree(out)
+    shutil.copytree(finished, out)
+    before = contents(out)
+    capsys.readouterr()
+    assert call("run", home / "mine.yaml", *changes) == 2
+    assert "--overwrite" in error_line(capsys)
     assert call("run", home / "mine.yaml", *changes, "pruning.rules.0.target=mpl", "--overwrite") == 2
-    assert contents(tmp_path) == {"out/thesis.txt": b"ten years of work"}, "--overwrite waits for a complete run"
+    assert contents(out) == before, "--overwrite waits for a complete run"
     assert call("run", home / "mine.yaml", *changes, "--overwrite") == 0
-    assert not (out / "thesis.txt").exists()
     assert report(out)["recipe"]["training"]["max_steps"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -266,7 +266,11 @@ def test_the_fingerprint_is_of_every_text_label_and_split_and_not_of_the_order_o
         fingerprint("train", split="train", text="The table is on page five of the report."),
         fingerprint("validation", split="validation", text="The table is on page five of the report."),
     ]
-    assert len({plain, *others}) == 5
+    moved = small.write_folder(tmp_path / "moved")
+    small.write_jsonl(moved / "train.jsonl", small.rows("train")[:-1])
+    small.write_jsonl(moved / "validation.jsonl", [small.rows("train")[-1], *small.rows("validation")])
+    others.append(Sentiment(dataset=str(moved)).load().fingerprint())
+    assert len({plain, *others}) == 6
     examples = Sentiment(dataset=str(tmp_path / "plain")).load()
     assert examples.reordered(FINBERT).fingerprint() == plain
 

@@ -22,26 +22,23 @@ def layer_table(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def removed(dense: PreTrainedModel, model: PreTrainedModel) -> dict[str, float]:
-    """The part of the dense model's weights that are zero or gone: of the encoder's linear layers, of all parameters.
+    """The part of the dense model's non-zero weights that are zero or gone.
 
-    Tied weights are counted once. Biases count in "all_parameters" only.
+    Returns:
+        "encoder_linear": of the weights of the encoder's linear layers, without biases; "all_parameters": of everything,
+        biases and embeddings included. Tied weights are counted once.
     """
 
-    def linear_nonzero(m: PreTrainedModel) -> int:
-        layers = find_family(m.config.model_type).linears(m).values()
-        return sum(int((linear.weight != 0).sum()) for linear in layers)
+    def encoder(m: PreTrainedModel) -> int:
+        linears = find_family(m.config.model_type).linears(m).values()
+        return sum(int(linear.weight.count_nonzero()) for linear in linears)
 
-    def pruned_away(m: PreTrainedModel) -> int:
-        layers = find_family(m.config.model_type).linears(m).values()
-        return sum(int((linear.weight == 0).sum()) for linear in layers)
+    def everything(m: PreTrainedModel) -> int:
+        return sum(int(parameter.count_nonzero()) for parameter in m.parameters())
 
-    def size(m: PreTrainedModel) -> int:
-        return sum(parameter.numel() for parameter in m.parameters())
-
-    encoder = sum(linear.weight.numel() for linear in find_family(dense.config.model_type).linears(dense).values())
     return {
-        "encoder_linear": 1.0 - linear_nonzero(model) / encoder,
-        "all_parameters": 1.0 - (size(model) - pruned_away(model)) / size(dense),
+        "encoder_linear": 1.0 - encoder(model) / encoder(dense),
+        "all_parameters": 1.0 - everything(model) / everything(dense),
     }
 
 

@@ -32,8 +32,12 @@ PACKAGED = {
 }
 
 
-def locate(name: str) -> tuple[str, str]:
+def locate(name: str, key: str = "model") -> tuple[str, str]:
     """A model's name -> what ``from_pretrained`` takes, and where it comes from in words.
+
+    Args:
+        name: a local folder or Hub id.
+        key: the key of the recipe that named it, for the error.
 
     Raises:
         InputError: there is no such folder, the Hub does not know or give the model, or it cannot be reached and
@@ -41,28 +45,30 @@ def locate(name: str) -> tuple[str, str]:
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise InputError(f"model: the folder {name} holds no config.json; name a saved transformers model")
+            raise InputError(f"{key}: the folder {name} holds no config.json; name a saved transformers model")
         return name, f"local folder {Path(name).name}"
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise InputError(f"{key}: there is no folder '{name}', and it is not a Hub id either") from error
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi().model_info(name, timeout=10)
             return name, f"Hugging Face Hub {name}"
-        except HFValidationError as error:
-            raise InputError(f"model: there is no folder '{name}', and it is not a Hub id either") from error
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code in (401, 403, 404):
                 raise InputError(
-                    f"model: the Hub gives no model '{name}' ({error.response.status_code}); check the name, or log in "
+                    f"{key}: the Hub gives no model '{name}' ({error.response.status_code}); check the name, or log in "
                     "with `hf auth login` if it is private or gated"
                 ) from error
             logger.info("The Hub did not answer for %s: %s", name, error)
         except _UNREACHABLE as error:
             logger.info("The Hub cannot be reached: %s", error)
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if isinstance(cached, str):
         return name, f"Hugging Face cache of {name}"
     if name in PACKAGED:
         return _from_package(name, PACKAGED[name])
-    raise InputError(f"model: the Hub cannot be reached and '{name}' is not in its cache; name a local folder")
+    raise InputError(f"{key}: the Hub cannot be reached and '{name}' is not in its cache; name a local folder")
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

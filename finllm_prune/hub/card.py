@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 
 from finllm_prune.evaluation import Report
 
@@ -13,12 +14,11 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 def base_license(name: str) -> str | None:
     """The license that a base model's own card declares, where the card can be read."""
-    local = Path(name) / "README.md"
+    local = Path(name)
     try:
-        card = ModelCard.load(local) if local.is_file() else None
-    except (ValueError, OSError):
+        declared = ModelCard.load(local / "README.md" if local.is_dir() else name).data.get("license")
+    except (ValueError, OSError, HfHubHTTPError):
         return None
-    declared = None if card is None else card.data.get("license")
     return declared if isinstance(declared, str) else None
 
 

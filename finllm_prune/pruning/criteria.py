@@ -101,7 +101,7 @@ class Movement(Criterion):
     initial: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.travel <= 0 or self.initial < 0:
+        if not (0 < self.travel < math.inf and 0 <= self.initial < math.inf):
             raise InputError(
                 f"criterion movement: travel must be above 0 and initial at least 0, not {self.travel} and {self.initial}"
             )
@@ -162,10 +162,11 @@ class SoftMovement(Movement):
     def observe(self, group: "Group", state: State, step: Step) -> None:
         gradient = group.sum(_movement)
         n, penalty = gradient.numel(), state["penalty"]
-        start = torch.where(step.skip > 0, math.nan, 4.0 * gradient.abs().sum())
+        size = 4.0 * gradient.abs().sum()
+        start = torch.where((step.skip > 0) | (size == 0), math.nan, size)
         penalty.copy_(torch.where(penalty.isnan(), start, penalty))
         gate = torch.sigmoid(state["scores"])
-        self._descend(state, gradient + penalty / n * gate * (1.0 - gate), step)
+        self._descend(state, gradient + penalty.nan_to_num() / n * gate * (1.0 - gate), step)
 
     def cutoff(self, fraction: float) -> float | None:
         tau = self.threshold * fraction

@@ -48,13 +48,16 @@ class Pruner:
         self._step = Step(0.0, 0.0, torch.zeros_like(self.skipped))
 
     @torch.no_grad()
-    def before_step(self, progress: float) -> None:
+    def before_step(self, progress: float, skip: Tensor | None = None) -> None:
         """After backward (and accumulation, all-reduce and clipping), before ``optimizer.step()``.
 
         Args:
             progress: the part of the run that is done once this step is: ``(step + 1) / steps``.
+            skip: a 0-dim tensor, above 0 where a loss scaler will skip this step; infinite and NaN gradients of the
+                targets are found here, those of other weights are not.
         """
-        self._step = Step(self.progress, progress, self._bad_gradients())
+        bad = self._bad_gradients()
+        self._step = Step(self.progress, progress, bad if skip is None else torch.maximum(bad, skip.to(bad)))
         self.skipped += self._step.skip
         for group in self.groups:
             if not self.frozen:
@@ -110,7 +113,11 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that an exact resume needs, as flat tensors: safetensors can hold it, nothing is pickled."""
-        state = {"progress": torch.tensor(self.progress, dtype=torch.float64), "skipped": self.skipped}
+        state = {
+            "progress": torch.tensor(self.progress, dtype=torch.float64),
+            "frozen": torch.tensor(self.frozen),
+            "skipped": self.skipped,
+        }
         for group in self.groups:
             state[f"{group.name}/mask"] = group.mask
             for key, tensor in self._states[group.name].items():
@@ -123,17 +130,23 @@ class Pruner:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state_dict``, on the model whose weights were saved with it."""
-        missing = [group.name for group in self.groups if f"{group.name}/mask" not in state]
-        if missing or len([key for key in state if key.endswith("/mask")]) != len(self.groups):
+        frozen = bool(state.get("frozen", False))
+        expected = {f"{group.name}/mask": group.mask.shape for group in self.groups}
+        if not frozen:
+            expected |= {
+                f"{name}/state/{key}": tensor.shape for name, own in self._states.items() for key, tensor in own.items()
+            }
+        found = {key: tensor.shape for key, tensor in state.items() if key.endswith("/mask") or "/state/" in key}
+        if found != expected:
+            other = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))[0]
             raise InputError(
-                "the saved pruning state belongs to other rules than this run's"
-                + (f" (it lacks {missing[0]})" if missing else "")
-                + "; resume with the recipe that the run was started with"
+                f"the saved pruning state belongs to other rules than this run's (see {other}); "
+                "resume with the recipe that the run was started with"
             )
         device = self.skipped.device
         self.progress = float(state["progress"])
         self.skipped = state["skipped"].to(device, copy=True)
-        self.frozen = self.progress >= self.schedule.freeze
+        self.frozen = bool(state["frozen"])
         for group in self.groups:
             group.set_mask(state[f"{group.name}/mask"].to(device))
             prefix = f"{group.name}/state/"
@@ -145,6 +158,15 @@ class Pruner:
             for slot in group.slots:
                 parked = state.get(f"{slot.name}/parked")
                 slot.parked = None if parked is None else parked.to(device, copy=True)
+
+    def holds(self) -> bool:
+        """Whether every cut weight of the model is an exact zero."""
+        return all(
+            not bool(slot.weight[slot.pruned].any())
+            for group in self.groups
+            for slot in group.slots
+            if slot.pruned is not None
+        )
 
     def _bad_gradients(self) -> Tensor:
         """1.0 where a gradient is not finite, without a host sync: fp16 skips such a step, and so must the scores."""

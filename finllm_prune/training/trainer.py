@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ class PruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.pruner.before_step((state.global_step + 1) / state.max_steps)
+        skip = _not_finite(kwargs["model"]) if args.fp16 else None
+        self.pruner.before_step((state.global_step + 1) / state.max_steps, skip)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,6 +162,12 @@ def refuse_unsupported(trainer: Trainer) -> None:
             "training: several GPUs in one process (DataParallel) split the gradients; "
             "start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
         )
+
+
+def _not_finite(model: nn.Module) -> Tensor:
+    """1.0 where any gradient of the model is infinite or NaN: then the loss scaler skips the step."""
+    sums = [parameter.grad.sum(dtype=torch.float32) for parameter in model.parameters() if parameter.grad is not None]
+    return (~torch.isfinite(torch.stack(sums))).any().float()
 
 
 def _resumed_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -137,6 +137,22 @@ def test_a_cut_weight_comes_back_with_the_value_that_it_would_have_had():
     assert linear.weight.flatten().tolist() == [0.0, 6.0, 0.0, 10.5]
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_group_whose_units_have_all_come_back_is_whole_for_good(structure: str):
+    model = tiny_model(layers=1)
+    whole = [parameter.detach().clone() for parameter in model.parameters()]
+    group = make_pruner(model, make_rule(structure)).groups[0]
+    some = torch.zeros_like(group.mask)
+    some.flatten()[0] = True
+    for mask in (some, torch.ones_like(some), torch.ones_like(some)):
+        with torch.no_grad():
+            group.unpark()
+            group.set_mask(mask)
+            group.park()
+        same = all(torch.equal(one, other) for one, other in zip(whole, model.parameters(), strict=True))
+        assert same == bool(mask.all())
+
+
 def test_gradients_of_cut_weights_are_cleared_before_the_optimizer_steps():
     model = tiny_model(layers=1)
     pruner, optimizer, batches = make_pruner(model, make_rule("block")), make_optimizer(model), make_batches(10)
@@ -222,7 +238,7 @@ def test_a_state_of_other_rules_is_refused():
     neurons = make_pruner(tiny_model(layers=1), make_rule("neuron"))
     heads = make_pruner(tiny_model(layers=1), make_rule("head"))
     both = make_pruner(tiny_model(layers=1), make_rule("neuron"), make_rule("head"))
-    with pytest.raises(InputError, match=r"belongs to other rules.*lacks bert\.encoder\.layer\.0\.attention"):
+    with pytest.raises(InputError, match=r"belongs to other rules.*see bert\.encoder\.layer\.0\.attention"):
         heads.load_state_dict(neurons.state_dict())
     with pytest.raises(InputError, match="belongs to other rules"):
         neurons.load_state_dict(both.state_dict())
@@ -362,3 +378,51 @@ def test_each_structure_is_carried_out_on_each_family(family: str, structure: st
     targets = {slot.name for group in pruner.groups for slot in group.slots if slot.parameter.ndim == 2}
     zeros = {name for name, linear in linears.items() if (linear.weight == 0).float().mean() == 0.5}
     assert {f"{name}.weight" for name in zeros} == targets
+
+
+def test_a_state_of_another_criterion_or_structure_is_refused():
+    saved = make_pruner(tiny_model(layers=1), make_rule("unstructured", "movement")).state_dict()
+    with pytest.raises(InputError, match="state/penalty"):
+        make_pruner(tiny_model(layers=1), make_rule("unstructured", "soft_movement")).load_state_dict(saved)
+    with pytest.raises(InputError, match=r"see bert\.encoder\.layer\.0\.attention\.output\.dense/mask"):
+        make_pruner(tiny_model(layers=1), make_rule("block", "movement")).load_state_dict(saved)
+
+
+def test_a_state_saved_after_an_early_finish_loads_as_final():
+    model = tiny_model(layers=1)
+    pruner = make_pruner(model, make_rule("neuron"))
+    batches = make_batches(10)
+    train(model, pruner, make_optimizer(model), batches, range(3))
+    pruner.finish()
+    other = make_pruner(model, make_rule("neuron"))
+    other.load_state_dict(pruner.state_dict())
+    assert other.frozen
+    other.finish()
+    assert other.mask_hash() == pruner.mask_hash()
+
+
+def test_holds_sees_a_weight_that_came_back():
+    model = tiny_model(layers=1)
+    pruner = make_pruner(model, make_rule("neuron", "random"))
+    pruner.finish()
+    assert pruner.holds()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.bias += 1.0
+    assert not pruner.holds()
+
+
+def test_a_step_that_the_scaler_skips_reaches_no_score():
+    """An infinite gradient elsewhere: clipping makes the targets' gradients zeros, which look harmless."""
+    model = tiny_model(layers=1)
+    pruner = make_pruner(model, make_rule("unstructured"))
+    batches = make_batches(10)
+    train(model, pruner, make_optimizer(model), batches, range(2))
+    before = pruner.state_dict()
+    model(**batches[2]).loss.backward()
+    pruner.before_step(0.3, skip=torch.tensor(1.0))
+    pruner.after_step()
+    after = pruner.state_dict()
+    assert int(after["skipped"]) == 1
+    for key in before:
+        if "/state/" in key:
+            assert torch.equal(before[key], after[key]), key

@@ -1,3 +1,4 @@
+import math
 from itertools import pairwise
 
 import pytest
@@ -68,6 +69,16 @@ def test_masks_are_chosen_within_begin_and_freeze_and_at_freeze_always(
     reaching_freeze = next(step for step in range(steps) if (step + 1) / steps >= schedule.freeze)
     assert reaching_freeze in due
     assert len(due) <= updates + 1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(span=spans(), before=fractions, now=fractions)
+def test_the_step_that_reaches_freeze_is_due_however_short_it_is(
+    name: str, span: tuple[float, float, float], before: float, now: float
+):
+    schedule = SCHEDULES[name](*span)
+    assert schedule.due(math.nextafter(schedule.freeze, 0.0), schedule.freeze)
+    assert schedule.due(min(before, math.nextafter(schedule.freeze, 0.0)), max(now, schedule.freeze))
 
 
 @pytest.mark.parametrize("updates", [1, 7, 64])
