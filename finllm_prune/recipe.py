@@ -5,25 +5,22 @@ schedule) is the class's name, or a mapping with ``name`` and the class's own fi
 """
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import check_gates
 from finllm_prune.pruning import BUDGETS, CRITERIA, SCHEDULES, STRUCTURES, Cubic, Rule, Schedule
+from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation
-
-T = TypeVar("T")
 
 _OWNED = {
     "output_dir": "output", "resume_from_checkpoint": "--resume", "do_train": "the run itself", "do_eval": "the run itself",
@@ -109,9 +106,9 @@ class Recipe:
         except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
             raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
         try:
-            data = _mapping(data, "the recipe")
+            data = mapping(data, "the recipe")
             for override in overrides:
-                _override(data, override)
+                set_override(data, override)
             return parse(data)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -119,38 +116,38 @@ class Recipe:
 
 def parse(data: dict[str, Any]) -> Recipe:
     """A recipe from plain data; raises InputError as ``Recipe.load`` does, without a file name."""
-    data = _mapping(data, "the recipe")
+    data = mapping(data, "the recipe")
     known = [f.name for f in dataclasses.fields(Recipe) if f.name != "resolved"]
-    _refuse_unknown(data, known, "")
+    refuse_unknown(data, known, "")
     for key in ("model", "task", "pruning", "output"):
         if data.get(key) is None:
             raise InputError(f"{key}: this key is missing; see recipes/quickstart.yaml for a whole recipe")
     model = {"name": data["model"]} if isinstance(data["model"], str) else data["model"]
-    task = _mapping({"name": data["task"]} if isinstance(data["task"], str) else data["task"], "task")
+    task = mapping({"name": data["task"]} if isinstance(data["task"], str) else data["task"], "task")
     if "name" not in task:
         raise InputError("task.name: this key is missing; name a task, as sentiment")
-    pruning = _mapping(data["pruning"], "pruning")
-    _refuse_unknown(pruning, ["rules", "schedule"], "pruning")
+    pruning = mapping(data["pruning"], "pruning")
+    refuse_unknown(pruning, ["rules", "schedule"], "pruning")
     rules = pruning.get("rules")
     if not isinstance(rules, list) or not rules:
         raise InputError(
             "pruning.rules: a list of at least one rule is needed, as {target: mlp, structure: neuron, sparsity: 0.5}"
         )
-    dense = _build(Dense, data.get("dense") or {}, "dense")
+    dense = build(Dense, data.get("dense") or {}, "dense")
     training = _training(data.get("training") or {}, "training")
     recipe = Recipe(
-        model=_build(Model, model, "model"),
-        task=_build(find_task(task["name"]), {key: value for key, value in task.items() if key != "name"}, "task"),
+        model=build(Model, model, "model"),
+        task=build(find_task(task["name"]), {key: value for key, value in task.items() if key != "name"}, "task"),
         pruning=Pruning(
             rules=[_rule(rule, f"pruning.rules.{i}") for i, rule in enumerate(rules)],
             schedule=_named(SCHEDULES, pruning.get("schedule", "cubic"), "pruning.schedule"),
         ),
-        output=Path(_typed(str, data["output"], "output")),
+        output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
         distillation=_distillation(data.get("distillation", {})),
         training=training,
-        export=_typed(list[str], data.get("export", ["masked", "compact"]), "export"),
-        gates=_typed(dict[str, float], data.get("gates") or {}, "gates"),
+        export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
+        gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
     )
     if recipe.output.name in ("", ".."):
         raise InputError(f"output: '{recipe.output}' is no folder that can be made anew; name one, as outputs/mine")
@@ -169,130 +166,46 @@ def parse(data: dict[str, Any]) -> Recipe:
 
 
 def _rule(data: Any, where: str) -> Rule:
-    rule = _mapping(data, where)
+    rule = mapping(data, where)
     parts: dict[str, tuple[Mapping[str, type[Any]], str]] = {
         "structure": (STRUCTURES, "unstructured"),
         "criterion": (CRITERIA, "movement"),
         "budget": (BUDGETS, "uniform"),
     }
-    _refuse_unknown(rule, ["target", "sparsity", *parts], where)
+    refuse_unknown(rule, ["target", "sparsity", *parts], where)
     for key in ("target", "sparsity"):
         if key not in rule:
             raise InputError(f"{where}.{key}: this key is missing")
     built = {key: _named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
-    sparsity = _typed(float, rule["sparsity"], f"{where}.sparsity")
-    return Rule(target=_typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
+    sparsity = typed(float, rule["sparsity"], f"{where}.sparsity")
+    return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
 
 
 def _named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
     """``cubic`` or ``{name: cubic, begin: 0.2}`` -> an instance of the class of that name."""
-    settings = {"name": value} if isinstance(value, str) else _mapping(value, where)
+    settings = {"name": value} if isinstance(value, str) else mapping(value, where)
     name = str(settings.get("name"))
     if name not in table:
-        raise InputError(f"{where}: unknown name '{name}'{_hint(name, table)}")
-    return _build(table[name], {key: v for key, v in settings.items() if key != "name"}, where)
+        raise InputError(f"{where}: unknown name '{name}'{hint(name, table)}")
+    return build(table[name], {key: v for key, v in settings.items() if key != "name"}, where)
 
 
 def _distillation(data: Any) -> Distillation | None:
-    return None if data in (None, False) else _build(Distillation, data, "distillation")
+    return None if data in (None, False) else build(Distillation, data, "distillation")
 
 
 def _training(data: Any, where: str) -> dict[str, Any]:
     """Keys and types of TrainingArguments; their own checks run when the run builds them."""
-    settings = _mapping(data, where)
+    settings = mapping(data, where)
     hints = typing.get_type_hints(TrainingArguments)
     names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
     for key in settings:
         if key in _OWNED:
             raise InputError(f"{where}.{key}: this is set by {_OWNED[key]}; remove the key")
-    _refuse_unknown(settings, names, where)
+    refuse_unknown(settings, names, where)
     # YAML reads an unquoted `no` as false.
     settings = {key: "no" if value is False and key.endswith("_strategy") else value for key, value in settings.items()}
-    return {key: _typed(hints[key], value, f"{where}.{key}", keep=True) for key, value in settings.items()}
-
-
-def _build(cls: Callable[..., T], data: Any, where: str) -> T:
-    settings = _mapping(data, where)
-    _refuse_unknown(settings, [f.name for f in dataclasses.fields(cls) if f.init], where)  # type: ignore[arg-type]
-    built: T = _typed(cls, settings, where)
-    return built
-
-
-def _typed(kind: Any, value: Any, where: str, keep: bool = False) -> Any:
-    """The value as that type, numbers written as 1e-4 included (YAML takes those for text).
-
-    ``keep`` passes a mapping or a list on as it was written, where transformers itself converts it.
-    """
-    try:
-        result = TypeAdapter(kind, config=_config(kind)).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, InputError):
-            raise InputError(str(cause)) from None
-        place = ".".join(
-            [where, *(str(part) for part in first["loc"] if not str(part).startswith(("function-", "is-inst")))]
-        )
-        raise InputError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}") from None
-    return value if keep and not isinstance(value, str | int | float) else result
-
-
-def _config(kind: Any) -> ConfigDict | None:
-    return None if dataclasses.is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True)
-
-
-def _mapping(data: Any, where: str) -> dict[str, Any]:
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise InputError(f"{where}: keys and values are expected here, not {data!r}")
-    return dict(data)
-
-
-def _refuse_unknown(data: Mapping[str, Any], known: typing.Sequence[str], where: str) -> None:
-    for key in data:
-        if key not in known:
-            place = f"{where}.{key}" if where else key
-            raise InputError(f"{place}: unknown key{_hint(key, known)}")
-
-
-def _hint(name: str, known: typing.Iterable[str]) -> str:
-    choices = list(known)
-    close = difflib.get_close_matches(name, choices, n=1)
-    listed = f"; known: {', '.join(choices)}" if len(choices) <= 12 else "; see transformers.TrainingArguments"
-    return (f"; did you mean '{close[0]}'?" if close else "") + listed
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    """``pruning.rules.0.sparsity=0.9``: walk down, lists by index, and set the YAML value."""
-    path, sign, raw = text.partition("=")
-    if not sign or not path:
-        raise InputError(f"override '{text}': write it as key.sub=value")
-    try:
-        value = yaml.safe_load(raw)
-    except (yaml.YAMLError, ValueError):
-        raise InputError(f"override '{text}': its value is not YAML") from None
-    *parents, last = path.split(".")
-    place: Any = data
-    for depth, part in enumerate(parents):
-        if isinstance(place, list):
-            place = place[_index(place, part, text)]
-        else:
-            below = place.get(part)
-            if below is None or (isinstance(below, str) and depth < len(parents)):
-                below = {} if below is None else {"name": below}
-            place[part] = below = dict(below) if isinstance(below, dict) else below
-            place = below
-        if not isinstance(place, dict | list):
-            raise InputError(f"override '{text}': {'.'.join(parents[: depth + 1])} holds a value, not keys")
-    if isinstance(place, list):
-        place[_index(place, last, text)] = value
-    else:
-        place[last] = value
-
-
-def _index(place: list[Any], part: str, text: str) -> int:
-    if not part.isdecimal() or int(part) >= len(place):
-        raise InputError(f"override '{text}': '{part}' is no index of a list of {len(place)}")
-    return int(part)
+    return {key: typed(hints[key], value, f"{where}.{key}", keep=True) for key, value in settings.items()}
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

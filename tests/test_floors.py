@@ -7,7 +7,8 @@ import finllm_prune
 
 ROOT = Path(finllm_prune.__file__).parent
 FLOORS = [
-    {"errors", "staging"},
+    {"errors"},
+    {"settings", "staging"},
     {"pruning"},
     {"families", "metrics"},
     {"training", "tasks", "checkpoints", "evaluation"},

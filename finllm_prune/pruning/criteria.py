@@ -93,12 +93,13 @@ class Movement(Criterion):
     Args:
         travel: learning rate of the scores times the number of optimizer steps.
         initial: scores start at ``initial * travel * rank(|W|) / n`` in each matrix. At 0, the paper's start, short runs
-            collapse: on 256 steps the scores have hardly moved when the cut is due.
+            collapse: Adam moves every score by about the same amount a step, so that after a few steps their order is
+            chance. A start by magnitude outlasts that, and a weight that keeps moving to zero still falls.
     """
 
     needs_gradient: ClassVar[bool] = True
     travel: float = 1.0
-    initial: float = 0.2
+    initial: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 < self.travel < math.inf and 0 <= self.initial < math.inf):
@@ -144,6 +145,7 @@ class SoftMovement(Movement):
     """
 
     travel: float = 20.0
+    initial: float = 0.1
     threshold: float = 0.1
     penalty: float | None = None
     gain: float = 2.0

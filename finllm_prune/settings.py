@@ -1,0 +1,101 @@
+"""Plain data -> typed values, and ``key.sub=value`` overrides; what is wrong is one sentence with the key."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from finllm_prune.errors import InputError
+
+T = TypeVar("T")
+
+
+def build(cls: Callable[..., T], data: Any, where: str) -> T:
+    """A dataclass from a mapping of its fields; an unknown key is an error that names the nearest one."""
+    settings = mapping(data, where)
+    refuse_unknown(settings, [f.name for f in dataclasses.fields(cls) if f.init], where)  # type: ignore[arg-type]
+    built: T = typed(cls, settings, where)
+    return built
+
+
+def typed(kind: Any, value: Any, where: str, keep: bool = False) -> Any:
+    """The value as that type, numbers written as 1e-4 included (YAML takes those for text).
+
+    ``keep`` passes a mapping or a list on as it was written, where transformers itself converts it.
+    """
+    try:
+        result = TypeAdapter(kind, config=_config(kind)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, InputError):
+            raise InputError(str(cause)) from None
+        place = ".".join(
+            [where, *(str(part) for part in first["loc"] if not str(part).startswith(("function-", "is-inst")))]
+        )
+        raise InputError(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}") from None
+    return value if keep and not isinstance(value, str | int | float) else result
+
+
+def _config(kind: Any) -> ConfigDict | None:
+    return None if dataclasses.is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True)
+
+
+def mapping(data: Any, where: str) -> dict[str, Any]:
+    """A copy of a mapping with text keys; anything else is an error."""
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError(f"{where}: keys and values are expected here, not {data!r}")
+    return dict(data)
+
+
+def refuse_unknown(data: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Each key of ``data`` must be one of ``known``."""
+    for key in data:
+        if key not in known:
+            place = f"{where}.{key}" if where else key
+            raise InputError(f"{place}: unknown key{hint(key, known)}")
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What a user may have meant, to be put behind an error."""
+    choices = list(known)
+    close = difflib.get_close_matches(name, choices, n=1)
+    listed = f"; known: {', '.join(choices)}" if len(choices) <= 12 else "; see transformers.TrainingArguments"
+    return (f"; did you mean '{close[0]}'?" if close else "") + listed
+
+
+def set_override(data: dict[str, Any], text: str) -> None:
+    """``pruning.rules.0.sparsity=0.9``: walk down, lists by index, and set the YAML value."""
+    path, sign, raw = text.partition("=")
+    if not sign or not path:
+        raise InputError(f"override '{text}': write it as key.sub=value")
+    try:
+        value = yaml.safe_load(raw)
+    except (yaml.YAMLError, ValueError):
+        raise InputError(f"override '{text}': its value is not YAML") from None
+    *parents, last = path.split(".")
+    place: Any = data
+    for depth, part in enumerate(parents):
+        if isinstance(place, list):
+            place = place[_index(place, part, text)]
+        else:
+            below = place.get(part)
+            if below is None or (isinstance(below, str) and depth < len(parents)):
+                below = {} if below is None else {"name": below}
+            place[part] = below = dict(below) if isinstance(below, dict) else below
+            place = below
+        if not isinstance(place, dict | list):
+            raise InputError(f"override '{text}': {'.'.join(parents[: depth + 1])} holds a value, not keys")
+    if isinstance(place, list):
+        place[_index(place, last, text)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list[Any], part: str, text: str) -> int:
+    if not part.isdecimal() or int(part) >= len(place):
+        raise InputError(f"override '{text}': '{part}' is no index of a list of {len(place)}")
+    return int(part)
