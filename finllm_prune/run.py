@@ -97,6 +97,8 @@ def _report(
         predict(dense, test, collator), predict(student, test, collator), np.array(test["labels"]),
         examples.labels, recipe.task.metrics, seed=ready.arguments.seed,
     )  # fmt: skip
+    # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
+    nn.Module.to(student, device="cpu")
     exported = {name: find_format(name)(student, ready.tokenizer, work / name) for name in recipe.export}
     measured = "compact" if "compact" in exported else "masked"
     small = exported.get(measured, student)
