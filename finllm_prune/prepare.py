@@ -34,6 +34,7 @@ from finllm_prune.hub.card import base_license
 from finllm_prune.pruning import refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task
+from finllm_prune.training.trainer import refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     work = recipe.output.with_name(f"{recipe.output.name}.partial")
     training_arguments(recipe, work, "dense", recipe.dense.training)
     arguments = training_arguments(recipe, work, "prune", {})
+    refuse_unsupported(arguments)
     _check_output(recipe, work, resume, overwrite)
     examples = recipe.task.load()
     location, origin = (
@@ -94,7 +96,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     )
     config = load_config(location)
     family = find_family(config.model_type)
-    examples = examples.reordered(label_order(config, examples.labels))
+    examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
     if recipe.model.keep_layers is not None:
@@ -118,7 +120,7 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
     try:
         model: PreTrainedModel = task.auto_class.from_pretrained(
             location, num_labels=len(labels), id2label=dict(enumerate(labels)),
-            label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True,
+            label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True, dtype=torch.float32,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model: the weights of {location} cannot be loaded: {_one_line(error)}") from error
@@ -160,7 +162,7 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     if must_match is not None:
         raise InputError(
             f"{must_match} predicts {', '.join(own)}, but the data has {', '.join(labels)}; "
-            "evaluate a model that was fine-tuned on these labels"
+            "name a model that was fine-tuned on these labels"
         )
     return labels
 
@@ -171,14 +173,17 @@ def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str
     Raises:
         InputError: transformers refuses them.
     """
+    given = recipe.training | changes
     ours: dict[str, Any] = {
         "output_dir": str(work / CHECKPOINTS / phase),
         "logging_steps": 0.02,
+        # Five checkpoints a phase, from which a killed run resumes, unless the recipe says otherwise.
+        **({} if given.keys() & {"save_strategy", "save_steps", "load_best_model_at_end"} else {"save_steps": 0.2}),
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
-        return TrainingArguments(**(ours | recipe.training | changes))
+        return TrainingArguments(**(ours | given))
     except (ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         raise InputError(f"training: transformers refuses these arguments: {_one_line(error)}") from error
 
@@ -284,10 +289,14 @@ def _one_line(error: Exception) -> str:
 
 def _commit() -> str | None:
     """The commit of the source tree that runs, where it is one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        commit, changes = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return f"{commit}-dirty" if changes else commit

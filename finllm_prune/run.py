@@ -56,7 +56,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Rep
 def _dense(ready: Prepared) -> PreTrainedModel:
     """The dense baseline, from an earlier part of this run, from a checkpoint, or trained now."""
     folder = ready.work / "dense"
-    if not folder.is_dir():
+    exists = folder.is_dir()
+    PartialState().wait_for_everyone()
+    if not exists:
         model = ready.model
         if ready.recipe.dense.checkpoint is None:
             trainer = _trainer(ready, model, "dense", ready.recipe.dense.training)

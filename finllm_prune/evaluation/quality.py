@@ -31,7 +31,7 @@ class Quality:
         flips: how many predictions went ``right_to_wrong`` and ``wrong_to_right`` by pruning.
         mcnemar_p: the exact two-sided p-value that both are equally often right (McNemar 1947).
         per_class: label -> F1 of ``dense`` and ``pruned``, and ``rows``.
-        collapsed: the pruned model predicts one class for every row while the dense one does not.
+        collapsed: the pruned model predicts one class for every row, though there are more.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -93,7 +93,7 @@ def compare(
         flips=flips,
         mcnemar_p=float(mcnemar(table, exact=True).pvalue),
         per_class=_per_class(dense, pruned, references, labels),
-        collapsed=len(np.unique(pruned)) == 1 and len(np.unique(dense)) > 1,
+        collapsed=len(np.unique(pruned)) == 1 and len(np.unique(references)) > 1,
     )
 
 

@@ -56,6 +56,9 @@ class Pruner:
             skip: a 0-dim tensor, above 0 where a loss scaler will skip this step; infinite and NaN gradients of the
                 targets are found here, those of other weights are not.
         """
+        device = self.groups[0].slots[0].parameter.device
+        if self.skipped.device != device:
+            self._move(device)
         bad = self._bad_gradients()
         self._step = Step(self.progress, progress, bad if skip is None else torch.maximum(bad, skip.to(bad)))
         self.skipped += self._step.skip
@@ -143,7 +146,7 @@ class Pruner:
                 f"the saved pruning state belongs to other rules than this run's (see {other}); "
                 "resume with the recipe that the run was started with"
             )
-        device = self.skipped.device
+        device = self.groups[0].slots[0].parameter.device
         self.progress = float(state["progress"])
         self.skipped = state["skipped"].to(device, copy=True)
         self.frozen = bool(state["frozen"])
@@ -167,6 +170,15 @@ class Pruner:
             for slot in group.slots
             if slot.pruned is not None
         )
+
+    def _move(self, device: torch.device) -> None:
+        """Follow the model, which a Trainer puts on its device after the Pruner was built."""
+        self.skipped = self.skipped.to(device)
+        self._states = {name: {key: t.to(device) for key, t in state.items()} for name, state in self._states.items()}
+        for group in self.groups:
+            group.set_mask(group.mask.to(device))
+            for slot in group.slots:
+                slot.parked = None if slot.parked is None else slot.parked.to(device)
 
     def _bad_gradients(self) -> Tensor:
         """1.0 where a gradient is not finite, without a host sync: fp16 skips such a step, and so must the scores."""

@@ -1,4 +1,4 @@
-"""A transformers.Trainer that prunes: `compute_loss`, `log` and callbacks, no copied loop."""
+"""A transformers.Trainer that prunes: `compute_loss`, `log`, the sampler and callbacks, no copied loop."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class PruningTrainer(Trainer):
         self.pruner = pruner
         self.teacher = teacher
         if pruner is not None:
-            refuse_unsupported(self)
+            refuse_unsupported(args)
             self.add_callback(PruningCallback(pruner))
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
@@ -152,12 +152,14 @@ def complete_checkpoint(output_dir: str | None, pruned: bool) -> str | None:
     return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(args: TrainingArguments) -> None:
     """Engines under which the model's parameters are not whole tensors that see all gradients."""
-    kind = trainer.accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise InputError(f"training: pruning under {kind.value} is not supported; launch with DDP (MULTI_GPU) instead")
-    if trainer.args.n_gpu > 1:
+    kind = args.distributed_state.distributed_type if args.distributed_state is not None else DistributedType.NO
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) or args.deepspeed or args.fsdp:
+        raise InputError(
+            "training: pruning under FSDP or DeepSpeed is not supported; launch with DDP (MULTI_GPU) instead"
+        )
+    if args.n_gpu > 1:
         raise InputError(
             "training: several GPUs in one process (DataParallel) split the gradients; "
             "start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
