@@ -1,0 +1,60 @@
+"""Dense against pruned: intervals, flips, the paired test, and the collapse to one class."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from finllm_prune.evaluation import Quality, Report, compare
+from finllm_prune.evaluation.sparsity import layer_table
+from tests.conftest import LABELS, tiny_model
+
+RANDOM = np.random.default_rng(0)
+REFERENCES = RANDOM.integers(0, 3, 200)
+
+
+def noisy(part: float, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return np.where(generator.random(200) < part, generator.integers(0, 3, 200), REFERENCES)
+
+
+def judge(dense: np.ndarray, pruned: np.ndarray) -> Quality:
+    return compare(dense, pruned, REFERENCES, LABELS, ("accuracy", "macro_f1", "mcc"), resamples=99)
+
+
+def test_the_figures_are_their_formulas() -> None:
+    dense, pruned = noisy(0.2, 1), noisy(0.4, 2)
+    quality = judge(dense, pruned)
+    right, now = dense == REFERENCES, pruned == REFERENCES
+    assert quality.metrics["accuracy"]["dense"] == pytest.approx(right.mean())
+    assert quality.retention["accuracy"] == pytest.approx(now.mean() / right.mean())
+    assert quality.agreement == pytest.approx((dense == pruned).mean())
+    lost, won = int((right & ~now).sum()), int((~right & now).sum())
+    assert quality.flips == {"right_to_wrong": lost, "wrong_to_right": won}
+    assert quality.mcnemar_p == pytest.approx(binomtest(min(lost, won), lost + won).pvalue)
+    assert sum(value["rows"] for value in quality.per_class.values()) == 200
+    for value in quality.metrics.values():
+        for kind in ("dense", "pruned"):
+            low, high = value[f"{kind}_interval"]
+            assert low < value[kind] < high
+    assert judge(dense, pruned) == quality, "the same seed gives the same intervals"
+
+
+@pytest.mark.parametrize("dense", [noisy(0.2, 1), np.zeros(200, dtype=np.int64)], ids=["good", "collapsed"])
+def test_a_model_of_one_class_is_collapsed_and_passes_no_gate(dense: np.ndarray) -> None:
+    quality = judge(dense, np.zeros(200, dtype=np.int64))
+    assert quality.collapsed
+    latency = [{"ratio": 0.5}]
+    report = Report(quality, {}, {"dense": 1}, latency, layer_table(tiny_model()), [], {}, gates={"latency_ratio": 0.9})
+    assert not report.passed()
+    assert not report.verdicts()["latency_ratio"]["passed"]
+    assert not judge(dense, noisy(0.3, 3)).collapsed
+
+
+def test_gates_look_at_the_right_value_in_the_right_direction() -> None:
+    quality = judge(noisy(0.2, 1), noisy(0.25, 2))
+    exact = {"macro_f1_retention": quality.retention["macro_f1"], "agreement": quality.agreement, "latency_ratio": 0.5}
+    for name, value in exact.items():
+        harder = value - 1e-6 if name == "latency_ratio" else value + 1e-6
+        for threshold, passed in ((value, True), (harder, False)):
+            report = Report(quality, {}, {"dense": 1}, [{"ratio": 0.5}], [], [], {}, gates={name: threshold})
+            assert report.passed() is passed
