@@ -60,6 +60,13 @@ def command(recipe: Path, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "run.py"), str(recipe), *more]
 
 
+def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run to the end; a model so tiny may predict one class, which is exit code 3 with everything written."""
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 3) or "exitcode  : 3 " in done.stderr, done.stderr[-3000:]
+    return done
+
+
 def report(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
@@ -77,11 +84,9 @@ def test_trap_5_two_ranks_choose_the_masks_of_one_rank_with_the_same_global_batc
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml")]
     ranks = ["training.ddp_backend=gloo", "training.per_device_train_batch_size=8", f"output={tmp_path / 'two'}"]
     two = [sys.executable, *launch, *command(recipe, *same, *ranks)[1:]]
-    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = finish(two)
     assert done.stdout.count("macro-F1 [95 % interval]") == 1, "only the first rank prints"
-    one = command(recipe, *same, f"output={tmp_path / 'one'}")
-    subprocess.run(one, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    finish(command(recipe, *same, f"output={tmp_path / 'one'}"))
     reports = [report(tmp_path / name) for name in ("one", "two")]
     assert [r["processes"] for r in reports] == [1, 2]
     assert reports[0]["mask_hash"] == reports[1]["mask_hash"]
@@ -91,9 +96,7 @@ def test_trap_5_two_ranks_choose_the_masks_of_one_rank_with_the_same_global_batc
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, recipe: Path) -> None:
-    subprocess.run(
-        command(recipe, f"output={tmp_path / 'whole'}"), env=ENVIRONMENT, check=True, capture_output=True, timeout=300
-    )
+    finish(command(recipe, f"output={tmp_path / 'whole'}"))
 
     started = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     waited_for = tmp_path / "out.partial" / "checkpoints" / "prune" / "checkpoint-9"
@@ -109,8 +112,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, recipe: Path) 
     assert again.returncode == 2
     assert "--resume" in again.stderr
 
-    resumed = subprocess.run(command(recipe, "--resume"), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    finish(command(recipe, "--resume"))
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
     assert report(tmp_path / "out")["mask_hash"] == report(tmp_path / "whole")["mask_hash"]
     assert not (tmp_path / "out.partial").exists()
