@@ -1,13 +1,8 @@
 """Everything that can be found wrong before training: output, data, model, rules, arguments."""
 
 import logging
-import os
-import platform
 import shutil
-import subprocess
-from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +25,6 @@ from transformers import (
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
 from finllm_prune.hub.base_model import locate
-from finllm_prune.hub.card import base_license
 from finllm_prune.pruning import refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task
@@ -188,36 +182,6 @@ def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str
         raise InputError(f"training: transformers refuses these arguments: {_one_line(error)}") from error
 
 
-def provenance(ready: Prepared) -> dict[str, Any]:
-    """What a result is made of: for the report."""
-    recipe, examples = ready.recipe, ready.examples
-    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
-    return {
-        "seed": ready.arguments.seed,
-        "base_model": {"name": recipe.model.name, "origin": ready.origin},
-        "license": recipe.model.license or base_license(ready.location),
-        "task": recipe.resolved["task"]["name"],
-        "pipeline_tag": recipe.task.pipeline_tag,
-        "data": {
-            "source": examples.source,
-            "fingerprint": examples.fingerprint(),
-            "rows": {name: len(rows) for name, rows in examples.splits.items()},
-            "test_labels": dict(Counter(examples.labels[i] for i in examples.splits["test"]["label"])),
-        },
-        "recipe": recipe.resolved,
-        "processes": PartialState().num_processes,
-        "versions": {"python": platform.python_version(), "finllm_prune": version("finllm-prune")}
-        | {name: version(name) for name in packages},
-        "machine": {
-            "device": str(ready.arguments.device),
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "commit": _commit(),
-    }
-
-
 def _check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:
     output = recipe.output
     if any(parent.is_file() for parent in output.absolute().parents):
@@ -285,18 +249,3 @@ def _size(config: PreTrainedConfig) -> tuple[int, int]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs, where it is one."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit, changes = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}-dirty" if changes else commit

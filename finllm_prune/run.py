@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from accelerate import PartialState
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +18,8 @@ from finllm_prune.evaluation.plots import draw
 from finllm_prune.families import find_family
 from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
-from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, provenance, training_arguments
+from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
+from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, staged
@@ -116,7 +116,6 @@ def _report(
         gates=recipe.gates,
     )
     report.save(work / "report.json")
-    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
     draw(report.layers, report.history, work / "plots")
     write_card(report, work, recipe.export)
     shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)

@@ -14,6 +14,7 @@ FLOORS = [
     {"training", "tasks", "checkpoints", "evaluation"},
     {"recipe", "hub"},
     {"prepare"},
+    {"provenance"},
     {"run", "saved"},
     {"cli"},
 ]

