@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import check_gates
-from finllm_prune.pruning import BUDGETS, CRITERIA, SCHEDULES, STRUCTURES, Cubic, Rule, Schedule
+from finllm_prune.pruning import BUDGETS, CRITERIA, REGULARIZERS, SCHEDULES, STRUCTURES, Cubic, Rule, Schedule
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation
@@ -172,11 +172,13 @@ def _rule(data: Any, where: str) -> Rule:
         "criterion": (CRITERIA, "movement"),
         "budget": (BUDGETS, "uniform"),
     }
-    refuse_unknown(rule, ["target", "sparsity", *parts], where)
+    refuse_unknown(rule, ["target", "sparsity", "regularizer", *parts], where)
     for key in ("target", "sparsity"):
         if key not in rule:
             raise InputError(f"{where}.{key}: this key is missing")
     built = {key: _named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
+    if (penalty := rule.get("regularizer")) is not None:
+        built["regularizer"] = _named(REGULARIZERS, penalty, f"{where}.regularizer")
     sparsity = typed(float, rule["sparsity"], f"{where}.sparsity")
     return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
 
@@ -211,7 +213,7 @@ def _training(data: Any, where: str) -> dict[str, Any]:
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default filled in, as data that YAML and JSON can hold and ``Recipe.load`` can read."""
     names: dict[type, str] = {
-        cls: name for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES) for name, cls in table.items()
+        cls: name for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES, REGULARIZERS) for name, cls in table.items()
     }
 
     def plain(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints import find_format
@@ -20,10 +20,10 @@ from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
 from finllm_prune.provenance import provenance
-from finllm_prune.pruning import Pruner
+from finllm_prune.pruning import Pruner, Rule, Sensitivity
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, staged
-from finllm_prune.training import PruningTrainer, Teacher
+from finllm_prune.training import PruningTrainer, Teacher, measure_sensitivity
 from finllm_prune.training.trainer import complete_checkpoint
 
 
@@ -79,6 +79,7 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any
         source = ready.teacher or str(ready.work / "dense")
         teacher = Teacher(load_model(task, source, ready.examples.labels), recipe.distillation, layers)
     pruner = Pruner(family.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
+    measure_sensitivity(student, pruner.groups, _some_batches(ready, recipe.pruning.rules))
     trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
@@ -134,6 +135,18 @@ def _trainer(
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
         compute_metrics=lambda result: _scores(result, metrics), **parts,
     )  # fmt: skip
+
+
+def _some_batches(ready: Prepared, rules: Sequence[Rule]) -> Iterator[dict[str, Tensor]]:
+    """The training rows on which the rules that ask for it measure the loss."""
+    count = max((rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)), default=0)
+    rows = (
+        ready.tokens["train"].shuffle(seed=ready.arguments.seed).select(range(min(count, len(ready.tokens["train"]))))
+    )
+    collate = ready.recipe.task.collator(ready.tokenizer)
+    size = ready.arguments.per_device_train_batch_size
+    for start in range(0, len(rows), size):
+        yield collate([rows[i] for i in range(start, min(start + size, len(rows)))])
 
 
 def _scores(result: EvalPrediction, metrics: Sequence[str]) -> dict[str, float]:

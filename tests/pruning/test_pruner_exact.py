@@ -22,6 +22,7 @@ from finllm_prune.pruning import (
     Neuron,
     Pruner,
     Rule,
+    ScoreMovement,
     SoftMovement,
     Structure,
     Unstructured,
@@ -49,6 +50,7 @@ STRUCTURES: dict[str, tuple[str, Structure]] = {
 }
 CRITERIA: dict[str, Criterion] = {
     "movement": Movement(travel=1.0, initial=0.2),
+    "score_movement": ScoreMovement(travel=1.0, initial=0.2),
     "soft_movement": SoftMovement(travel=6.0, initial=0.2, threshold=0.3, penalty=0.004, gain=0.0),
 }
 
@@ -127,7 +129,9 @@ class Reference:
             rank = unit.rank(self.latent)
             unit.scores = nn.Parameter(criterion.initial * criterion.travel * rank / rank.numel())
             unit.mask = torch.ones(unit.shape, dtype=torch.bool)
-        self.optimizer = torch.optim.AdamW(self.latent.values(), lr=LR, weight_decay=DECAY)
+        targets = {name for unit in self.units.values() for name in unit.members}
+        trained = [p for name, p in self.latent.items() if criterion.trains_weights or name not in targets]
+        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY)
         self.score_optimizer = torch.optim.Adam([u.scores for u in self.units.values()], betas=(0.9, 0.999), eps=1e-8)
         self.frozen = False
 
@@ -155,6 +159,8 @@ class Reference:
             sum(self.criterion.penalty * torch.sigmoid(s).mean() for s in scores).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for parameter in self.latent.values():
+            parameter.grad = None
         if not self.frozen:
             self.score_optimizer.param_groups[0]["lr"] = self.criterion.travel * (now - before) * (1.0 - before)
             self.score_optimizer.step()
