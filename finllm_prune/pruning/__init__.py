@@ -5,11 +5,11 @@ from finllm_prune.pruning.criteria import CRITERIA, Criterion, Magnitude, Moveme
 from finllm_prune.pruning.groups import Group, Rule, Slot
 from finllm_prune.pruning.pruner import Pruner, refuse_overlap
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Linear, Schedule
-from finllm_prune.pruning.structures import STRUCTURES, Block, Head, Neuron, Site, Structure, Unstructured
+from finllm_prune.pruning.structures import NM, STRUCTURES, Block, Head, Layer, Neuron, Site, Structure, Unstructured
 
 __all__ = [
     "BUDGETS", "CRITERIA", "SCHEDULES", "STRUCTURES",
-    "Block", "Budget", "Constant", "Criterion", "Cubic", "Global", "Group", "Head", "Linear", "Magnitude", "Movement",
-    "Neuron", "Pruner", "Random", "Rule", "Schedule", "Site", "Slot", "SoftMovement", "Structure", "Uniform", "Unstructured",
-    "refuse_overlap",
+    "Block", "Budget", "Constant", "Criterion", "Cubic", "Global", "Group", "Head", "Layer", "Linear", "Magnitude", "Movement",
+    "NM", "Neuron", "Pruner", "Random", "Rule", "Schedule", "Site", "Slot", "SoftMovement", "Structure", "Uniform",
+    "Unstructured", "refuse_overlap",
 ]  # fmt: skip

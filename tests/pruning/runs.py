@@ -11,6 +11,7 @@ from finllm_prune.families import find_family
 from finllm_prune.pruning import BUDGETS, CRITERIA, STRUCTURES, Cubic, Pruner, Rule, Schedule, Structure
 
 SMALL: dict[str, dict[str, Any]] = {"block": {"rows": 8, "cols": 8}}  # where the default does not fit a tiny model
+FREE = [name for name in STRUCTURES if name != "n:m"]  # those that take any sparsity
 
 Batch = dict[str, Tensor]
 
