@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from finllm_prune.errors import InputError
-from finllm_prune.families import find_family
+from finllm_prune.families import Architecture, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import refuse_overlap
 from finllm_prune.recipe import Recipe
@@ -89,13 +89,14 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
         locate(recipe.dense.checkpoint, "dense.checkpoint") if recipe.dense.checkpoint else locate(recipe.model.name)
     )
     config = load_config(location)
-    family = find_family(config.model_type)
+    architecture = find_architecture(config.model_type)
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
     if recipe.model.keep_layers is not None:
-        family.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
-    refuse_overlap(family.groups(model, recipe.pruning.rules))
+        architecture.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
+    refuse_overlap(architecture.groups(model, recipe.pruning.rules))
+    _check_fit(recipe, architecture, config)
     teacher = _teacher(recipe, config, examples.labels)
     tokenizer = load_tokenizer(location)
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
@@ -105,6 +106,20 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
         _open_work(recipe, work, resume)
     PartialState().wait_for_everyone()
     return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher)
+
+
+def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig) -> None:
+    """What a recipe asks for beyond the rules, and not every architecture can give."""
+    shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule) for rule in recipe.pruning.rules)
+    if "compact" in recipe.export and not shrinks:
+        raise InputError(
+            f"export: compact can leave out nothing of what these rules cut in a {config.model_type} model; drop compact "
+            "from export, or add a rule with structure: neuron"
+        )
+    if recipe.distillation is not None and recipe.distillation.hidden > 0 and architecture.depth_of(config) == 0:
+        raise InputError(
+            f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0"
+        )
 
 
 def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
@@ -244,7 +259,7 @@ def _teacher(recipe: Recipe, config: Any, labels: list[str]) -> str | None:
 
 def _size(config: PreTrainedConfig) -> tuple[int, int]:
     """The width and the depth of a model."""
-    return config.hidden_size, getattr(config, find_family(config.model_type).depth)
+    return getattr(config, "hidden_size", 0), find_architecture(config.model_type).depth_of(config)
 
 
 def _one_line(error: Exception) -> str:

@@ -154,10 +154,10 @@ def parse(data: dict[str, Any]) -> Recipe:
     for name in recipe.export:
         find_format(name)
     check_gates(recipe.gates)
-    shrinks = recipe.model.keep_layers or any(rule.structure.couples == "mlp" for rule in recipe.pruning.rules)
+    shrinks = recipe.model.keep_layers or any(rule.structure.couples for rule in recipe.pruning.rules)
     if "compact" in recipe.export and not shrinks:
         raise InputError(
-            "export: no rule removes whole neurons or layers, so compact would be as large as masked; "
+            "export: no rule removes whole neurons, heads or layers, so compact would be as large as masked; "
             "drop compact from export, or add a rule with structure: neuron"
         )
     if "latency_ratio" in recipe.gates and "compact" not in recipe.export:

@@ -15,7 +15,7 @@ from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import Report, compare, layer_table, measure, predict, removed, weight_bytes
 from finllm_prune.evaluation.plots import draw
-from finllm_prune.families import find_family
+from finllm_prune.families import find_architecture
 from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
@@ -71,14 +71,15 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any
     """The pruned model, from the dense one; with the masks final and the training's log."""
     recipe, task = ready.recipe, ready.recipe.task
     student = load_model(task, str(ready.work / "dense"), ready.examples.labels)
-    family = find_family(student.config.model_type)
-    layers = recipe.model.keep_layers or list(range(len(family.layers(student))))
-    family.keep_layers(student, layers)
+    architecture = find_architecture(student.config.model_type)
+    layers = recipe.model.keep_layers or list(range(architecture.depth_of(student.config)))
+    if recipe.model.keep_layers is not None:
+        architecture.keep_layers(student, layers)
     teacher = None
     if recipe.distillation is not None:
         source = ready.teacher or str(ready.work / "dense")
         teacher = Teacher(load_model(task, source, ready.examples.labels), recipe.distillation, layers)
-    pruner = Pruner(family.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
+    pruner = Pruner(architecture.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
     measure_sensitivity(student, pruner.groups, _some_batches(ready, recipe.pruning.rules))
     trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

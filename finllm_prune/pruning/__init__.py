@@ -19,12 +19,12 @@ from finllm_prune.pruning.groups import Group, Rule, Slot
 from finllm_prune.pruning.pruner import Pruner, refuse_overlap
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
-from finllm_prune.pruning.structures import STRUCTURES, Block, Head, Neuron, Site, Structure, Unstructured
+from finllm_prune.pruning.structures import NM, STRUCTURES, Block, Head, Layer, Neuron, Site, Structure, Unstructured
 
 __all__ = [
-    "BUDGETS", "CRITERIA", "L1", "L2", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
+    "BUDGETS", "CRITERIA", "L1", "L2", "NM", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
     "Block", "Budget", "Constant", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient", "Group", "GroupLasso",
-    "Head", "Linear", "Magnitude", "Movement", "Neuron", "Platon", "Pruner", "Random", "Regularizer", "Rule", "Schedule",
-    "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement", "Structure", "Taylor", "Uniform",
-    "Unstructured", "Variance", "refuse_overlap",
+    "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "Platon", "Pruner", "Random", "Regularizer", "Rule",
+    "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement", "Structure", "Taylor",
+    "Uniform", "Unstructured", "Variance", "refuse_overlap",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ class Rule:
     """One line of ``pruning.rules``: what is cut, in which units, who survives, and how much is cut.
 
     Args:
-        target: "attention", "mlp" or "encoder" (both).
+        target: "attention", "mlp" or "encoder" (both), or a pattern of module paths (``families.Architecture``).
         sparsity: the part of the target's units that is cut at the end, 0 < sparsity < 1.
         structure: what is cut together.
         criterion: who survives.
@@ -36,6 +36,7 @@ class Rule:
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise InputError(f"pruning.rules: sparsity must lie between 0 and 1 (exclusive), not {self.sparsity}")
+        self.structure.check(self.sparsity)
 
 
 class Slot:

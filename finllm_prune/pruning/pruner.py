@@ -217,8 +217,8 @@ class Pruner:
         for rule, groups in self._rules().values():
             density = 1.0 - fraction * rule.sparsity
             states = [self._states[group.name] for group in groups]
-            criterion = rule.criterion
-            scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
+            criterion, rank = rule.criterion, rule.structure.rank
+            scores = [rank(criterion.score(group, state)) for group, state in zip(groups, states, strict=True)]
             if any(bool(score.max() == score.min()) and score.numel() > 1 for score in scores):
                 self._no_order(rule, final)
                 continue
