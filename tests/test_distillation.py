@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -312,16 +315,33 @@ def test_a_run_on_kept_logits_is_the_run_beside_the_teacher(
     assert_same(*ends, 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"relations": -0.1}, "hidden and relations must not be negative"),
-        ({"layers": "dynamic", "hidden": 0.0}, "distillation.layers: dynamic matches layers by their hidden states"),
-        ({"cache": True}, "distillation.cache: only logits are kept"),
-        ({"cache": True, "hidden": 0.0, "relations": 0.1}, "set hidden: 0 and relations: 0"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_one_sentence(settings: dict[str, Any], expected: str) -> None:
-    with pytest.raises(InputError) as caught:
-        Distillation(**settings)
-    assert expected in str(caught.value)
+def train_as_a_rank(folder: Path, batch_size: int) -> None:
+    """One process of a run with a wider teacher; writes what it ends with."""
+    settings = Distillation(hidden=0.5, relations=0.3)
+    teacher = Teacher(tiny_model(hidden=48, seed=2), settings, [0, 1], 32)
+    run = trainer(
+        folder, RULES["neuron"], model=tiny_model(seed=1), teacher=teacher, per_device_train_batch_size=batch_size,
+        max_steps=4, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.05,
+    )  # fmt: skip
+    run.train()
+    assert teacher.projection is not None
+    ends = weights(run.model) | {"projection": teacher.projection.weight.detach()}
+    save_file(ends, folder / f"{run.args.world_size}-{run.args.process_index}")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_projection_of_one(tmp_path: Path) -> None:
+    train_as_a_rank(tmp_path, 8)
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "tests.test_distillation", str(tmp_path)],
+        cwd=Path(__file__).parents[1], env=environment, check=True, timeout=300, capture_output=True,
+    )  # fmt: skip
+    alone, first, second = (load_file(tmp_path / name) for name in ("1-0", "2-0", "2-1"))
+    assert_same(first, second)
+    assert_same(first, alone, 1e-6)
+
+
+if __name__ == "__main__":
+    train_as_a_rank(Path(sys.argv[1]), 4)
