@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def states(width: int, seed: int, n: int = 3, length: int = 5) -> Tensor:
     return torch.randn(n, length, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_default_loss_is_bit_for_bit_what_it_always_was() -> None:
-    student, teacher, inputs = tiny_model(seed=1), tiny_model(seed=2).eval(), batch()
+def test_without_padding_the_default_loss_is_what_it_always_was() -> None:
+    student, teacher, inputs = tiny_model(seed=1), tiny_model(seed=2).eval(), batch(pad=0)
     outputs = student(**inputs, output_hidden_states=True)
     got = Teacher(teacher, Distillation(), [0, 1]).loss(outputs, inputs)
 
@@ -59,7 +60,7 @@ def test_the_default_loss_is_bit_for_bit_what_it_always_was() -> None:
     layers = torch.zeros(())
     for own, other in zip(outputs.hidden_states[1:], target.hidden_states[1:], strict=True):
         layers = layers + ((own - other) * kept).square().sum() / (kept.sum() * 32)
-    assert torch.equal(got, 0.9 * 2.0 * 2.0 * divergence + (1.0 - 0.9) * outputs.loss + 1.0 * layers)
+    torch.testing.assert_close(got, 0.9 * 2.0 * 2.0 * divergence + (1.0 - 0.9) * outputs.loss + 1.0 * layers)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +130,14 @@ def test_relations_do_not_see_a_rotation_nor_padding() -> None:
     assert relation_divergence(padded, other, mask) == relation_divergence(student, other, mask)
 
 
-def test_relations_of_a_batch_are_the_mean_of_its_parts() -> None:
-    student, teacher = states(32, 1, n=4), states(48, 2, n=4)
+@pytest.mark.parametrize("loss", [hidden_error, relation_divergence])
+def test_the_layers_of_a_batch_are_the_mean_of_its_parts_however_they_are_padded(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
+    student, teacher = states(32, 1, n=4), states(32, 2, n=4)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
-    whole = relation_divergence(student, teacher, mask)
-    parts = [relation_divergence(student[i : i + 2], teacher[i : i + 2], mask[i : i + 2]) for i in (0, 2)]
+    whole = loss(student, teacher, mask)
+    parts = [loss(student[i : i + 2, :n], teacher[i : i + 2, :n], mask[i : i + 2, :n]) for i, n in ((0, 5), (2, 3))]
     torch.testing.assert_close(whole, sum(parts) / 2)
 
 

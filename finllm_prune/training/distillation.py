@@ -20,9 +20,8 @@ class Distillation:
     """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * task loss + hidden * H + relations * R``.
 
     Logits after Hinton et al. 2015 (https://arxiv.org/abs/1503.02531). H is the sum, over pairs of a student's and a
-    teacher's layer, of the mean squared error of their hidden states over the tokens that are not padding; R is the sum,
-    over the same pairs, of ``relation_divergence``. At 90 % sparsity the hidden states are what keeps movement pruning
-    from collapsing.
+    teacher's layer, of ``hidden_error``; R is the sum, over the same pairs, of ``relation_divergence``. At 90 % sparsity
+    the hidden states are what keeps movement pruning from collapsing.
 
     Args:
         teacher: ``dense``, the baseline of this run, or a local path or Hub id of another fine-tuned model, which may be

@@ -38,10 +38,12 @@ def ordered_matches(cost: Tensor) -> list[int]:
 
 
 def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """The mean squared error over the tokens of a batch; both of one width."""
-    weights = mask.unsqueeze(-1).float()
-    difference = (student.float() - teacher.float()) * weights
-    return difference.square().sum() / (weights.sum() * student.shape[-1])
+    """The mean squared error over the tokens of each text, then over texts; both of one width.
+
+    So a batch has the same loss in one piece as in several or on several ranks, however these are padded.
+    """
+    errors = (student.float() - teacher.float()).square().mean(-1) * mask
+    return (errors.sum(-1) / mask.sum(-1)).mean()
 
 
 def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
