@@ -97,9 +97,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
         architecture.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
     refuse_overlap(architecture.groups(model, recipe.pruning.rules))
     _check_fit(recipe, architecture, config)
-    teacher = _teacher(recipe, config, examples.labels)
     tokenizer = load_tokenizer(location)
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
+    teacher = _teacher(recipe, examples, tokens["train"])
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
@@ -138,23 +138,23 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
     return model
 
 
-def load_config(location: str) -> PreTrainedConfig:
-    """The config of a model; a damaged one is one sentence."""
+def load_config(location: str, key: str = "model") -> PreTrainedConfig:
+    """The config of a model; a damaged one is one sentence with the recipe's key."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(location)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: the config of {location} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{key}: the config of {location} cannot be read: {_one_line(error)}") from error
     return config
 
 
-def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase:
     """The tokenizer of a model; where a folder has none, transformers would silently make one that knows no words."""
     if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
-        raise InputError(f"model: {location} holds no tokenizer; save the model's tokenizer into the same folder")
+        raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model: the tokenizer of {location} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{key}: the tokenizer of {location} cannot be read: {_one_line(error)}") from error
     return tokenizer
 
 
@@ -237,29 +237,23 @@ def _names(config: PreTrainedConfig) -> list[str]:
     return [str(names[i]) for i in sorted(names)]
 
 
-def _teacher(recipe: Recipe, config: Any, labels: list[str]) -> str | None:
+def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> str | None:
+    """What ``from_pretrained`` takes for a teacher that is not the dense baseline: it knows the labels and the tokens."""
     if recipe.distillation is None or recipe.distillation.teacher == "dense":
         return None
-    location, _ = locate(recipe.distillation.teacher, "distillation.teacher")
-    other = load_config(location)
-    if _names(other) != labels:
+    key, name = "distillation.teacher", recipe.distillation.teacher
+    location, _ = locate(name, key)
+    if (known := _names(load_config(location, key))) != examples.labels:
         raise InputError(
-            f"distillation.teacher: {recipe.distillation.teacher} predicts {', '.join(_names(other))}, "
-            f"not {', '.join(labels)} in this order; name a teacher that was fine-tuned on the same labels"
+            f"{key}: {name} predicts {', '.join(known)}, not {', '.join(examples.labels)} in this order; "
+            "name a teacher that was fine-tuned on the same labels"
         )
-    if other.vocab_size != config.vocab_size:
-        raise InputError("distillation.teacher: it has another vocabulary than the model; name one with its tokenizer")
-    if recipe.distillation.hidden > 0 and _size(other) != _size(config):
+    theirs = recipe.task.tokenize(examples.splits["train"], load_tokenizer(location, key))
+    if any(own != other for own, other in zip(tokens["input_ids"], theirs["input_ids"], strict=True)):
         raise InputError(
-            "distillation.hidden: the teacher has another width or depth than the model, so their hidden states "
-            "cannot be compared; set distillation.hidden: 0"
+            f"{key}: {name} reads the texts as other tokens than the model; name a teacher with the model's own tokenizer"
         )
     return location
-
-
-def _size(config: PreTrainedConfig) -> tuple[int, int]:
-    """The width and the depth of a model."""
-    return getattr(config, "hidden_size", 0), find_architecture(config.model_type).depth_of(config)
 
 
 def _one_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner, Rule, Sensitivity
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, staged
-from finllm_prune.training import PruningTrainer, Teacher, measure_sensitivity
+from finllm_prune.training import PruningTrainer, Teacher, measure_sensitivity, uniform_layers, with_teacher_logits
 from finllm_prune.training.trainer import complete_checkpoint
 
 
@@ -72,16 +72,21 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any
     recipe, task = ready.recipe, ready.recipe.task
     student = load_model(task, str(ready.work / "dense"), ready.examples.labels)
     architecture = find_architecture(student.config.model_type)
-    layers = recipe.model.keep_layers or list(range(architecture.depth_of(student.config)))
+    depth = architecture.depth_of(student.config)
+    kept = recipe.model.keep_layers or list(range(depth))
     if recipe.model.keep_layers is not None:
-        architecture.keep_layers(student, layers)
-    teacher = None
+        architecture.keep_layers(student, kept)
+    teacher, rows = None, ready.tokens["train"]
     if recipe.distillation is not None:
-        source = ready.teacher or str(ready.work / "dense")
-        teacher = Teacher(load_model(task, source, ready.examples.labels), recipe.distillation, layers)
+        model = load_model(task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
+        layers = uniform_layers(kept, depth, architecture.depth_of(model.config))
+        teacher = Teacher(model, recipe.distillation, layers, getattr(student.config, "hidden_size", None))
+        if recipe.distillation.cache:
+            teacher.to(ready.arguments.device)
+            rows = with_teacher_logits(model, rows, task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
     pruner = Pruner(architecture.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
     measure_sensitivity(student, pruner.groups, _some_batches(ready, recipe.pruning.rules))
-    trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
+    trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
@@ -131,8 +136,9 @@ def _trainer(
     arguments = training_arguments(ready.recipe, ready.work, phase, changes)
     arguments.resume_from_checkpoint = complete_checkpoint(arguments.output_dir, pruned="pruner" in parts)
     metrics = ready.recipe.task.metrics
+    parts = {"train_dataset": ready.tokens["train"]} | parts
     return PruningTrainer(
-        model, arguments, description=phase, train_dataset=ready.tokens["train"], eval_dataset=ready.tokens["validation"],
+        model, arguments, description=phase, eval_dataset=ready.tokens["validation"],
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
         compute_metrics=lambda result: _scores(result, metrics), **parts,
     )  # fmt: skip

@@ -1,14 +1,11 @@
-"""A transformers.Trainer that prunes: `compute_loss`, `log`, the sampler and callbacks, no copied loop."""
+"""A transformers.Trainer that prunes: `compute_loss`, `create_optimizer`, `log`, the sampler and callbacks, no copied loop."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,7 +13,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from finllm_prune.errors import InputError
 from finllm_prune.pruning import Pruner
 from finllm_prune.training.batches import BucketSampler
+from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
+from finllm_prune.training.projection import ProjectionCallback
+from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 STATE_FILE = "pruner.safetensors"
 
@@ -44,6 +44,14 @@ class PruningTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.pruner = pruner
         self.teacher = teacher
+        if teacher is not None and self.compute_loss_func is not None:
+            raise InputError(
+                "compute_loss_func: it is normalised over all accumulated batches and the teacher's loss over one, so they "
+                "cannot be added; train without a teacher, or give the model the loss"
+            )
+        if teacher is not None and teacher.projection is not None:
+            # Before the pruner's callback: that a checkpoint is complete is told by the pruner's file.
+            self.add_callback(ProjectionCallback(teacher.projection))
         if pruner is not None:
             refuse_unsupported(args)
             self.add_callback(PruningCallback(pruner))
@@ -57,9 +65,27 @@ class PruningTrainer(Trainer):
     ) -> Any:  # fmt: skip
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, output_hidden_states=self.teacher.settings.hidden > 0)
-        loss = self.teacher.loss(outputs, inputs)
+        own = {key: value for key, value in inputs.items() if key != TEACHER_LOGITS}
+        own["output_hidden_states"] = self.teacher.settings.compares_layers  # type: ignore[assignment]
+        task, outputs = super().compute_loss(model, own, True, num_items_in_batch)
+        loss = self.teacher.loss({**outputs, "loss": task}, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's, which trains the teacher's projection too."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.teacher is not None and self.teacher.projection is not None:
+            self.teacher.to(self.args.device)
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            new = [parameter for parameter in self.teacher.projection.parameters() if id(parameter) not in held]
+            if new:
+                optimizer.add_param_group({"params": new, "weight_decay": 0.0})
+        return optimizer
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Cached logits of the teacher reach the batch, though they are no argument of the model."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, TEACHER_LOGITS]  # type: ignore[assignment,misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """``train_sampling_strategy: group_by_length`` with the batches of an epoch in random order."""
@@ -88,7 +114,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step > 0:
-            self.pruner.load_state_dict(load_file(_resumed_folder(args, state) / STATE_FILE))
+            self.pruner.load_state_dict(load_beside(args, state, STATE_FILE))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,11 +132,7 @@ class PruningCallback(TrainerCallback):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            partial = folder / f"{STATE_FILE}.partial"
-            save_file(self.pruner.state_dict(), partial)
-            os.replace(partial, folder / STATE_FILE)
+        save_beside(args, state, STATE_FILE, self.pruner.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,27 +192,3 @@ def _not_finite(model: nn.Module) -> Tensor:
     """1.0 where any gradient of the model is infinite or NaN: then the loss scaler skips the step."""
     sums = [parameter.grad.sum(dtype=torch.float32) for parameter in model.parameters() if parameter.grad is not None]
     return (~torch.isfinite(torch.stack(sums))).any().float()
-
-
-def _resumed_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint that the Trainer has just loaded; one without its pruning state is an error."""
-    for candidate in (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"):
-        if isinstance(candidate, str) and _step_of(Path(candidate)) == state.global_step:
-            if not (Path(candidate) / STATE_FILE).is_file():
-                raise InputError(
-                    f"{candidate}: there is no {STATE_FILE}, so its pruning cannot be resumed exactly; "
-                    "resume from another checkpoint or start afresh"
-                )
-            return Path(candidate)
-    raise InputError(
-        f"the checkpoint of step {state.global_step} lies in no known place; set resume_from_checkpoint in the "
-        "TrainingArguments to the folder that train() is given"
-    )
-
-
-def _step_of(folder: Path) -> int | None:
-    try:
-        step: int = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return step
