@@ -1,14 +1,11 @@
 """A transformers.Trainer that prunes: `compute_loss`, `log`, the sampler and callbacks, no copied loop."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,7 +13,9 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from finllm_prune.errors import InputError
 from finllm_prune.pruning import Pruner
 from finllm_prune.training.batches import BucketSampler
+from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
+from finllm_prune.training.recorder import Recorder, Recording
 
 STATE_FILE = "pruner.safetensors"
 
@@ -30,12 +29,13 @@ class PruningTrainer(Trainer):
     Args:
         pruner: built on the same model; None fine-tunes without pruning.
         teacher: adds its loss to the task's; None trains on the labels alone.
+        recording: of the flight recorder, which is ``recorder`` then; None records nothing.
         description: what the progress bar is called.
     """
 
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None, teacher: Teacher | None = None,
-        description: str = "train", **kwargs: Any,
+        recording: Recording | None = None, description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
@@ -44,8 +44,12 @@ class PruningTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.pruner = pruner
         self.teacher = teacher
+        self.recorder: Recorder | None = None
         if pruner is not None:
             refuse_unsupported(args)
+            if recording is not None:
+                self.recorder = Recorder(pruner, recording)
+                self.add_callback(self.recorder)
             self.add_callback(PruningCallback(pruner))
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
@@ -74,7 +78,7 @@ class PruningTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.pruner is not None and "loss" in logs:
-            logs = {**logs, "sparsity": self.pruner.sparsity()}
+            logs = {**logs, "sparsity": self.pruner.sparsity()} | (self.recorder.news() if self.recorder else {})
         super().log(logs, *args, **kwargs)
 
 
@@ -88,7 +92,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step > 0:
-            self.pruner.load_state_dict(load_file(_resumed_folder(args, state) / STATE_FILE))
+            self.pruner.load_state_dict(load_beside(args, state, STATE_FILE))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,11 +110,7 @@ class PruningCallback(TrainerCallback):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            partial = folder / f"{STATE_FILE}.partial"
-            save_file(self.pruner.state_dict(), partial)
-            os.replace(partial, folder / STATE_FILE)
+        save_beside(args, state, STATE_FILE, self.pruner.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,27 +170,3 @@ def _not_finite(model: nn.Module) -> Tensor:
     """1.0 where any gradient of the model is infinite or NaN: then the loss scaler skips the step."""
     sums = [parameter.grad.sum(dtype=torch.float32) for parameter in model.parameters() if parameter.grad is not None]
     return (~torch.isfinite(torch.stack(sums))).any().float()
-
-
-def _resumed_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint that the Trainer has just loaded; one without its pruning state is an error."""
-    for candidate in (args.resume_from_checkpoint, f"{args.output_dir}/checkpoint-{state.global_step}"):
-        if isinstance(candidate, str) and _step_of(Path(candidate)) == state.global_step:
-            if not (Path(candidate) / STATE_FILE).is_file():
-                raise InputError(
-                    f"{candidate}: there is no {STATE_FILE}, so its pruning cannot be resumed exactly; "
-                    "resume from another checkpoint or start afresh"
-                )
-            return Path(candidate)
-    raise InputError(
-        f"the checkpoint of step {state.global_step} lies in no known place; set resume_from_checkpoint in the "
-        "TrainingArguments to the folder that train() is given"
-    )
-
-
-def _step_of(folder: Path) -> int | None:
-    try:
-        step: int = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return step
