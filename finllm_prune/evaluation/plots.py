@@ -43,12 +43,12 @@ def _density_over_steps(table: pd.DataFrame, path: Path) -> None:
 
 
 def _churn(table: pd.DataFrame, path: Path) -> None:
-    sums = table.groupby("step")[["units", "cut", "regrown"]].sum()
-    layers = table.groupby("step")["churn"]
+    churn = 100 * table["churn"].groupby(table["step"]).agg(["min", "max", "mean"])
+    regrown = 100 * (table["regrown"] / table["units"]).groupby(table["step"]).mean()
     figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axis.fill_between(sums.index, 100 * layers.min(), 100 * layers.max(), alpha=0.2, label="churn, from layer to layer")
-    axis.plot(sums.index, 100 * (sums["cut"] + sums["regrown"]) / sums["units"], label="churn: units cut or regrown")
-    axis.plot(sums.index, 100 * sums["regrown"] / sums["units"], label="regrown: cut before, kept again")
+    axis.fill_between(churn.index, churn["min"], churn["max"], alpha=0.2, label="churn, lowest to highest layer")
+    axis.plot(churn.index, churn["mean"], label="churn: units cut or regrown, mean over layers")
+    axis.plot(regrown.index, regrown, label="of these regrown: cut before, kept again")
     axis.set(xlabel="optimizer step", ylabel="% of the units per interval", title="Mask flips over the run")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)

@@ -189,12 +189,11 @@ def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tu
 
 
 def _summary(moment: Moment) -> dict[str, float]:
-    """A moment over all layers, under the keys of the log."""
-    units = sum(row["units"] for row in moment)
+    """A moment in the keys of the log: means over layers, whose units may be weights here and heads there."""
     news = {
         "pruning/density_min": min(row["density"] for row in moment),
-        "pruning/churn": sum(row["cut"] + row["regrown"] for row in moment) / units,
-        "pruning/regrown": sum(row["regrown"] for row in moment) / units,
+        "pruning/churn": statistics.fmean(row["churn"] for row in moment),
+        "pruning/regrown": statistics.fmean(row["regrown"] / row["units"] for row in moment),
         "pruning/movement": statistics.fmean(row["movement"] for row in moment),
         "pruning/score_median": statistics.median(row["score_q50"] for row in moment),
     }
