@@ -20,7 +20,7 @@ from finllm_prune.evaluation import check_gates
 from finllm_prune.pruning import BUDGETS, CRITERIA, REGULARIZERS, SCHEDULES, STRUCTURES, Cubic, Rule, Schedule
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
-from finllm_prune.training import Distillation
+from finllm_prune.training import Distillation, Recording
 
 _OWNED = {
     "output_dir": "output", "resume_from_checkpoint": "--resume", "do_train": "the run itself", "do_eval": "the run itself",
@@ -75,6 +75,7 @@ class Recipe:
         output: the folder that appears when the run is complete.
         dense: the baseline.
         distillation: what the pruned model learns from the teacher; None trains on labels alone.
+        recording: of the flight recorder; None (``recording: false``) records nothing.
         training: ``transformers.TrainingArguments`` by their own names.
         export: formats to write.
         gates: measured value -> threshold; a miss ends the run with exit code 3 after everything is written.
@@ -87,6 +88,7 @@ class Recipe:
     output: Path
     dense: Dense = field(default_factory=Dense)
     distillation: Distillation | None = field(default_factory=Distillation)
+    recording: Recording | None = field(default_factory=Recording)
     training: dict[str, Any] = field(default_factory=dict)
     export: list[str] = field(default_factory=lambda: ["masked", "compact"])
     gates: dict[str, float] = field(default_factory=dict)
@@ -145,6 +147,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
         distillation=_distillation(data.get("distillation", {})),
+        recording=_recording(data.get("recording", {})),
         training=training,
         export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
         gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
@@ -194,6 +197,10 @@ def _named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
 
 def _distillation(data: Any) -> Distillation | None:
     return None if data in (None, False) else build(Distillation, data, "distillation")
+
+
+def _recording(data: Any) -> Recording | None:
+    return None if data in (None, False) else build(Recording, data, "recording")
 
 
 def _training(data: Any, where: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import Report, compare, layer_table, measure, predict, removed, weight_bytes
-from finllm_prune.evaluation.plots import draw
+from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.families import find_architecture
 from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
@@ -23,7 +23,15 @@ from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner, Rule, Sensitivity
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, staged
-from finllm_prune.training import PruningTrainer, Teacher, measure_sensitivity, uniform_layers, with_teacher_logits
+from finllm_prune.training import (
+    RECORD_FILE,
+    PruningTrainer,
+    Recorder,
+    Teacher,
+    measure_sensitivity,
+    uniform_layers,
+    with_teacher_logits,
+)
 from finllm_prune.training.trainer import complete_checkpoint
 
 
@@ -46,9 +54,10 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Rep
     clock = {"started": time.time()}
     dense = _dense(ready)
     clock["dense"] = time.time()
-    student, pruner, history = _prune(ready)
+    student, pruner, recorder, history = _prune(ready)
     clock["pruned"] = time.time()
-    report = _report(ready, dense, student, pruner, history, clock) if PartialState().is_main_process else None
+    main = PartialState().is_main_process
+    report = _report(ready, dense, student, pruner, recorder, history, clock) if main else None
     PartialState().wait_for_everyone()
     return report
 
@@ -67,8 +76,8 @@ def _dense(ready: Prepared) -> PreTrainedModel:
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
 
 
-def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any]]]:
-    """The pruned model, from the dense one; with the masks final and the training's log."""
+def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, list[dict[str, Any]]]:
+    """The pruned model, from the dense one; with the masks final, what was recorded, and the training's log."""
     recipe, task = ready.recipe, ready.recipe.task
     student = load_model(task, str(ready.work / "dense"), ready.examples.labels)
     architecture = find_architecture(student.config.model_type)
@@ -86,16 +95,18 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any
             rows = with_teacher_logits(model, rows, task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
     pruner = Pruner(architecture.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
     measure_sensitivity(student, pruner.groups, _some_batches(ready, recipe.pruning.rules))
-    trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows)
+    trainer = _trainer(
+        ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording
+    )
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
-    return student, pruner, [entry for entry in trainer.state.log_history if "sparsity" in entry]
+    return student, pruner, trainer.recorder, [entry for entry in trainer.state.log_history if "sparsity" in entry]
 
 
 def _report(
     ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel, pruner: Pruner,
-    history: list[dict[str, Any]], clock: dict[str, float],
+    recorder: Recorder | None, history: list[dict[str, Any]], clock: dict[str, float],
 ) -> Report:  # fmt: skip
     """Evaluate, export, write everything down, and put the complete folder in its place."""
     recipe, examples, work = ready.recipe, ready.examples, ready.work
@@ -119,11 +130,16 @@ def _report(
         latency=latency,
         layers=layer_table(student),
         history=history,
-        run=provenance(ready) | {"mask_hash": pruner.mask_hash(), "wall_seconds": _wall(clock)},
+        run=provenance(ready)
+        | {"mask_hash": pruner.mask_hash(), "skipped_steps": int(pruner.skipped), "wall_seconds": _wall(clock)}
+        | {"warnings": list(recorder.warnings.values()) if recorder else []},
         gates=recipe.gates,
     )
     report.save(work / "report.json")
     draw(report.layers, report.history, work / "plots")
+    if recorder is not None:
+        recorder.save(work / RECORD_FILE)
+        draw_record(work / RECORD_FILE, work / "plots")
     write_card(report, work, recipe.export)
     shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
     publish(work, recipe.output)

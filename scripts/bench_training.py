@@ -32,12 +32,13 @@ from transformers import (
 from finllm_prune.families import find_family
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import Cubic, Global, Head, Neuron, Pruner, Rule
-from finllm_prune.training import PruningTrainer
+from finllm_prune.training import PruningTrainer, Recording
 
 VARIANTS: dict[str, list[Rule]] = {
     "plain Trainer": [],
     "unstructured, global": [Rule("encoder", 0.9, budget=Global())],
     "neurons": [Rule("mlp", 0.75, structure=Neuron())],
+    "unstructured, global, recorded": [Rule("encoder", 0.9, budget=Global())],
     "heads": [Rule("attention", 0.5, structure=Head())],
     "neurons and heads": [Rule("mlp", 0.75, structure=Neuron()), Rule("attention", 0.5, structure=Head())],
 }
@@ -80,10 +81,13 @@ def train(variant: str, steps: int, batch: int, tokens: int) -> float:
         if rules:
             schedule = Cubic(updates=max(1, steps // 4))
             pruner = Pruner(find_family(model.config.model_type).groups(model, rules), schedule)
-            trainer: Trainer = PruningTrainer(model, arguments, train_dataset=rows, pruner=pruner, callbacks=[clock])
+            # As in a run of 256 steps, which has a moment every six steps.
+            recording = Recording(every=min(1.0, 6 / steps)) if variant.endswith("recorded") else None
+            trainer: Trainer = PruningTrainer(model, arguments, train_dataset=rows, pruner=pruner, recording=recording)
         else:
             model.accepts_loss_kwargs = False
-            trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[clock])
+            trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.add_callback(clock)  # behind all others, so that their work at the end of a step is counted
         trainer.train()
     return sum(clock.seconds[1:]) / (steps - 1)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
@@ -104,7 +105,7 @@ def test_version_and_help(call: Call, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_run_writes_a_complete_output(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "dense", "masked", "compact", "plots", "README.md", "report.json", "recipe.yaml"
+        "dense", "masked", "compact", "plots", "README.md", "recorder.parquet", "report.json", "recipe.yaml"
     }  # fmt: skip
     assert [path.name for path in finished.parent.iterdir() if path.name.startswith("out")] == ["out"]
     figures = report(finished)
@@ -118,6 +119,16 @@ def test_a_run_writes_a_complete_output(finished: Path) -> None:
     for name in ("masked", "compact"):
         assert (finished / name / "README.md").read_text() == card
     assert {path.suffix for path in (finished / "plots").iterdir()} == {".png"}
+    table = pq.read_table(finished / "recorder.parquet").to_pandas()
+    assert table["density"].iloc[-1] == 0.5
+    assert len(table) == 6, "a row a step: the run has six steps and one layer"
+    for name in ("density_over_steps", "churn", "scores"):
+        assert f"(plots/{name}.png)" in card
+        assert (finished / "masked" / "plots" / f"{name}.png").is_file()
+    assert figures["skipped_steps"] == 0
+    assert "skipped" not in card
+    assert all(warning in card for warning in figures["warnings"])
+    assert "nothing was found" in card or figures["warnings"]
 
 
 def test_evaluate_measures_a_model(
@@ -280,13 +291,16 @@ def test_a_collapsed_model_is_never_a_success(
     out = tmp_path / "out"
     changes = [
         "pruning.rules=[{target: encoder, criterion: random, sparsity: 0.98}]", "export=[masked]", "gates={}",
-        "distillation=null", "training.max_steps=1", "training.learning_rate=0.5", f"output={out}",
+        "distillation=null", "training.max_steps=1", "training.learning_rate=0.5", "recording=false", f"output={out}",
         f"dense.checkpoint={finished / 'dense'}",
     ]  # fmt: skip
     assert call("run", home / "mine.yaml", *changes) == 3
     assert report(out)["collapsed"] is True
     assert "it predicts one class for every text" in capsys.readouterr().out
-    assert "COLLAPSED" in (out / "masked" / "README.md").read_text()
+    card = (out / "masked" / "README.md").read_text()
+    assert "COLLAPSED" in card
+    assert "on the way" not in card, "nothing was recorded"
+    assert not (out / "recorder.parquet").exists()
 
 
 def test_an_existing_output_is_kept_until_it_is_to_be_replaced(

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -115,4 +116,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, recipe: Path) 
     finish(command(recipe, "--resume"))
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
     assert report(tmp_path / "out")["mask_hash"] == report(tmp_path / "whole")["mask_hash"]
+    tables = [pq.read_table(tmp_path / name / "recorder.parquet") for name in ("out", "whole")]
+    assert tables[0].equals(tables[1])
+    assert tables[0].column("step").unique().to_pylist() == list(range(1, 25))
     assert not (tmp_path / "out.partial").exists()

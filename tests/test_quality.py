@@ -58,3 +58,11 @@ def test_gates_look_at_the_right_value_in_the_right_direction() -> None:
         for threshold, passed in ((value, True), (harder, False)):
             report = Report(quality, {}, {"dense": 1}, [{"ratio": 0.5}], [], [], {}, gates={name: threshold})
             assert report.passed() is passed
+
+
+def test_the_table_names_skipped_steps_where_there_were_any() -> None:
+    quality = judge(noisy(0.2, 1), noisy(0.25, 2))
+    for steps, rows in ((0, 0), (3, 1)):
+        report = Report(quality, {}, {"dense": 1}, [], [], [], {"skipped_steps": steps})
+        assert report.rows().count(("steps skipped for infinite or NaN gradients", "", "3")) == rows
+        assert sum("skipped" in what for what, _, _ in report.rows()) == rows

@@ -25,7 +25,7 @@ class Report:
         latency: one entry per batch size; ``model`` in it names the folder that was measured.
         layers: path, shape, density of every prunable layer of the masked model.
         history: the training's log: step, loss, sparsity.
-        run: seed, versions, machine, data, recipe, wall times.
+        run: seed, versions, machine, data, recipe, wall times, warnings.
         gates: the thresholds asked for.
     """
 
@@ -95,6 +95,8 @@ class Report:
             what = f"CPU latency, {entry['model']}, {shape} (median)"
             speed = f"{entry['small_ms']:.1f} ms, ratio {entry['ratio']:.2f}"
             out.append((what, f"{entry['dense_ms']:.1f} ms", speed))
+        if self.run.get("skipped_steps"):
+            out.append(("steps skipped for infinite or NaN gradients", "", str(self.run["skipped_steps"])))
         for name, verdict in self.verdicts().items():
             sign = "≥" if GATES[name] == "min" else "≤"
             word = "passed" if verdict["passed"] else "FAILED"

@@ -35,6 +35,7 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         rules=run["recipe"]["pruning"]["rules"],
         schedule=run["recipe"]["pruning"]["schedule"],
         distillation=run["recipe"]["distillation"],
+        recorded=run["recipe"]["recording"] is not None,
         exported=exported,
     )
     card.save(folder / "README.md")

@@ -102,6 +102,19 @@ class Pruner:
         """Group name -> boolean unit grid, True where kept."""
         return {group.name: group.mask for group in self.groups}
 
+    @torch.no_grad()
+    def scores(self) -> dict[str, Tensor]:
+        """Group name -> the scores (fp32, unit grid) of the whole weights as they are after a step; empty once frozen."""
+        device = self.groups[0].slots[0].parameter.device
+        if self.skipped.device != device:
+            self._move(device)
+        scores: dict[str, Tensor] = {}
+        for group in [] if self.frozen else self.groups:
+            group.unpark()
+            scores[group.name] = group.rule.criterion.score(group, self._states[group.name])
+            group.park()
+        return scores
+
     def mask_hash(self) -> str:
         """sha256 of all masks: equal on all ranks and on a resumed run, or something is wrong."""
         digest = hashlib.sha256()

@@ -19,9 +19,9 @@ class Schedule:
             (Renda et al. 2020, https://arxiv.org/abs/2003.02389); leave a long part of the run after ``freeze`` then.
     """
 
-    begin: float = 0.1
-    end: float = 0.7
-    freeze: float = 0.9
+    begin: float = 0.05
+    end: float = 0.5
+    freeze: float = 0.7
     updates: int = 64
     rewind: bool = False
 

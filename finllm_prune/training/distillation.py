@@ -42,7 +42,7 @@ class Distillation:
     teacher: str = "dense"
     alpha: float = 0.9
     temperature: float = 2.0
-    hidden: float = 1.0
+    hidden: float = 10.0
     layers: Literal["uniform", "dynamic"] = "uniform"
     relations: float = 0.0
     cache: bool = False

@@ -16,6 +16,7 @@ from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
 from finllm_prune.training.projection import ProjectionCallback
+from finllm_prune.training.recorder import Recorder, Recording
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 STATE_FILE = "pruner.safetensors"
@@ -30,12 +31,13 @@ class PruningTrainer(Trainer):
     Args:
         pruner: built on the same model; None fine-tunes without pruning.
         teacher: adds its loss to the task's; None trains on the labels alone.
+        recording: of the flight recorder, which is ``recorder`` then; None records nothing.
         description: what the progress bar is called.
     """
 
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None, teacher: Teacher | None = None,
-        description: str = "train", **kwargs: Any,
+        recording: Recording | None = None, description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
@@ -44,6 +46,7 @@ class PruningTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.pruner = pruner
         self.teacher = teacher
+        self.recorder: Recorder | None = None
         if teacher is not None and self.compute_loss_func is not None:
             raise InputError(
                 "compute_loss_func: it is normalised over all accumulated batches and the teacher's loss over one, so they "
@@ -54,6 +57,9 @@ class PruningTrainer(Trainer):
             self.add_callback(ProjectionCallback(teacher.projection))
         if pruner is not None:
             refuse_unsupported(args)
+            if recording is not None:
+                self.recorder = Recorder(pruner, recording)
+                self.add_callback(self.recorder)
             self.add_callback(PruningCallback(pruner))
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
@@ -100,7 +106,7 @@ class PruningTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.pruner is not None and "loss" in logs:
-            logs = {**logs, "sparsity": self.pruner.sparsity()}
+            logs = {**logs, "sparsity": self.pruner.sparsity()} | (self.recorder.news() if self.recorder else {})
         super().log(logs, *args, **kwargs)
 
 

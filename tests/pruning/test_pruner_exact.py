@@ -15,7 +15,6 @@ from finllm_prune.families import find_family
 from finllm_prune.pruning import (
     BUDGETS,
     Block,
-    Criterion,
     Cubic,
     Head,
     Movement,
@@ -27,6 +26,7 @@ from finllm_prune.pruning import (
     Structure,
     Unstructured,
 )
+from finllm_prune.pruning.criteria.movement import LearnedScores
 from tests.conftest import tiny_model
 
 STEPS, ACCUMULATE, CLIP, DECAY, LR = 30, 2, 0.5, 0.1, 1e-2
@@ -48,8 +48,9 @@ STRUCTURES: dict[str, tuple[str, Structure]] = {
     "neuron": ("mlp", Neuron()),
     "head": ("attention", Head()),
 }
-CRITERIA: dict[str, Criterion] = {
+CRITERIA: dict[str, LearnedScores] = {
     "movement": Movement(travel=1.0, initial=0.2),
+    "movement as in the paper": Movement(travel=1.0, initial=0.2, sensitivity=0.0),
     "score_movement": ScoreMovement(travel=1.0, initial=0.2),
     "soft_movement": SoftMovement(travel=6.0, initial=0.2, threshold=0.3, penalty=0.004, gain=0.0),
 }
@@ -121,7 +122,7 @@ def reference_units(structure: str) -> dict[str, Unit]:
 class Reference:
     """Movement pruning as the papers write it: latent weights, a mask in the forward, autograd for all gradients."""
 
-    def __init__(self, model: PreTrainedModel, structure: str, criterion: Movement, budget: str, sparsity: float):
+    def __init__(self, model: PreTrainedModel, structure: str, criterion: LearnedScores, budget: str, sparsity: float):
         self.model, self.criterion, self.budget, self.sparsity = model, criterion, budget, sparsity
         self.latent = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
         self.units = reference_units(structure)
@@ -169,10 +170,19 @@ class Reference:
         self.score_optimizer.zero_grad()
         return float(factor)
 
+    def ranked(self, unit: Unit) -> Tensor:
+        """The scores, and for hard movement the logarithm of the rms of their gradient."""
+        if not isinstance(self.criterion, Movement):
+            return unit.scores
+        return (
+            unit.scores
+            + self.criterion.sensitivity * (self.score_optimizer.state[unit.scores]["exp_avg_sq"] + 1e-30).sqrt().log()
+        )
+
     @torch.no_grad()
     def choose(self, now: float) -> None:
         fraction, self.frozen = SCHEDULE.fraction(now), now >= SCHEDULE.freeze
-        grids = [unit.scores.flatten() for unit in self.units.values()]
+        grids = [self.ranked(unit).flatten() for unit in self.units.values()]
         if isinstance(self.criterion, SoftMovement) and not self.frozen:
             masks = [torch.sigmoid(grid) > self.criterion.threshold * fraction for grid in grids]
         elif self.budget == "uniform":

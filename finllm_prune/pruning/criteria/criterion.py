@@ -35,6 +35,9 @@ class Step:
 class Criterion:
     """The base of all criteria: override what the idea needs."""
 
+    needs_gradient: ClassVar[bool] = False
+    """Whether scores change with the gradients that are observed."""
+
     trains_weights: ClassVar[bool] = True
     """Whether the optimizer may move the target's weights; False freezes them for the whole run."""
 

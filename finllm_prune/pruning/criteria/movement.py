@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from finllm_prune.pruning.groups import Group
 
 
-@dataclass(frozen=True)
-class Movement(Criterion):
-    """Hard movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): weights that move away from zero stay.
+_FLOOR = 1e-30  # below any second moment that a gradient leaves; keeps the logarithm finite where there was none
 
-    ``S <- S - lr * Adam(reduce(dL/dW' * W))``. The learning rate of the scores decays linearly over the run and is given
-    per *run*, as ``travel = lr * steps`` (the paper's 1e-2 over 256 steps is 2.56), so that a recipe means the same on
-    small and large data.
+
+@dataclass(frozen=True)
+class LearnedScores(Criterion):
+    """Scores that descend the gradient of a mask: ``S <- S - lr * Adam(sum(dL/dW' * W))``.
+
+    The learning rate of the scores decays linearly over the run and is given per *run*, as ``travel = lr * steps`` (the
+    paper's 1e-2 over 256 steps is 2.56), so that a recipe means the same on small and large data.
 
     Args:
         travel: learning rate of the scores times the number of optimizer steps.
@@ -31,6 +33,7 @@ class Movement(Criterion):
             chance. A start by magnitude outlasts that, and a weight that keeps moving to zero still falls.
     """
 
+    needs_gradient: ClassVar[bool] = True
     travel: float = 1.0
     initial: float = 1.0
 
@@ -63,7 +66,32 @@ class Movement(Criterion):
 
 
 @dataclass(frozen=True)
-class SoftMovement(Movement):
+class Movement(LearnedScores):
+    """Hard movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): weights that move away from zero stay.
+
+    Adam makes all scores move at the same pace, whether the loss feels their weight or not. Its second moment knows: the
+    root of it is the rms of ``g * w``, the sensitivity of the loss to a cut. The mask is chosen by ``S + sensitivity *
+    log rms(g * w)``, which costs nothing to keep and tells apart what movement alone cannot.
+
+    Args:
+        sensitivity: the weight of that logarithm beside the scores; 0 is the paper's criterion.
+    """
+
+    sensitivity: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sensitivity < math.inf:
+            raise InputError(f"criterion movement: sensitivity must not be negative, not {self.sensitivity}")
+
+    def score(self, group: "Group", state: State) -> Tensor:
+        if self.sensitivity == 0:
+            return state["scores"]
+        return state["scores"].add(state["exp_avg_sq"].add(_FLOOR).log_(), alpha=0.5 * self.sensitivity)
+
+
+@dataclass(frozen=True)
+class SoftMovement(LearnedScores):
     """Soft movement pruning (Sanh et al. 2020): kept where ``sigmoid(S) > tau``; a penalty on the scores does the cutting.
 
     The penalty ``lambda * mean(sigmoid(S))`` adds ``lambda * sigmoid(S) (1 - sigmoid(S)) / n`` to the gradient of the

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class SecondOrder(Criterion):
         correct: whether cuts move the weights that stay.
     """
 
+    needs_gradient: ClassVar[bool] = True
     block: int = 50
     gradients: int = 64
     damp: float = 1e-7

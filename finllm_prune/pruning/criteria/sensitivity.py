@@ -5,7 +5,7 @@ for single weights that is ``|g * w|``.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Gradient(Criterion):
         decay: of the running mean; 0 looks at the last step alone.
     """
 
+    needs_gradient: ClassVar[bool] = True
     decay: float = 0.95
 
     def __post_init__(self) -> None:
@@ -60,6 +61,7 @@ class Taylor(Criterion):
         decay: of the running mean; 0 looks at the last step alone.
     """
 
+    needs_gradient: ClassVar[bool] = True
     decay: float = 0.95
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class Platon(Criterion):
         beta2: decay of its spread.
     """
 
+    needs_gradient: ClassVar[bool] = True
     beta1: float = 0.85
     beta2: float = 0.85
 
@@ -117,6 +120,7 @@ class Variance(Criterion):
         decay: of all four running values.
     """
 
+    needs_gradient: ClassVar[bool] = True
     decay: float = 0.95
 
     def __post_init__(self) -> None:

@@ -1,0 +1,200 @@
+"""The flight recorder: what pruning did to each layer over a run, as a table, in the Trainer's log, and watched.
+
+A *moment* is one row per layer (a group of the Pruner) and holds what happened since the moment before. Between the moments
+nothing is computed and nothing waits for the device. What describes many values (scores, weights) comes from a strided
+sample of about 4,096 per matrix; what is counted (masks) is counted exactly.
+"""
+
+import logging
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finllm_prune.errors import InputError
+from finllm_prune.pruning import Pruner
+from finllm_prune.training.beside import load_beside, save_beside
+from finllm_prune.training.watch import Moment, watch
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "recorder.parquet"
+_STATE_FILE = "recorder.safetensors"
+_SAMPLE = 4096
+_QUANTILES = {"score_q05": 0.05, "score_q25": 0.25, "score_q50": 0.5, "score_q75": 0.75, "score_q95": 0.95}
+_COLUMNS: list[tuple[str, pa.DataType, str]] = [
+    ("layer", pa.string(), "name of the group of weights that share one mask"),
+    ("step", pa.int64(), "optimizer steps done; twice the same only where a run ended before its masks were frozen"),
+    ("progress", pa.float64(), "part of the run that is done, 0 to 1"),
+    ("frozen", pa.bool_(), "whether the masks are final"),
+    ("units", pa.int64(), "units (weights, blocks, neurons, heads) of the layer"),
+    ("kept", pa.int64(), "units that are kept now"),
+    ("density", pa.float64(), "kept / units"),
+    ("cut", pa.int64(), "units that are cut now and were kept at the moment before"),
+    ("regrown", pa.int64(), "units that are kept now and were cut at the moment before"),
+    ("churn", pa.float64(), "(cut + regrown) / units"),
+    ("movement", pa.float64(), "mean |w - w at the moment before| of the weights that are kept at both (sample)"),
+    ("score_movement", pa.float64(), "mean |score - score at the moment before| (sample); null once frozen"),
+    *((name, pa.float64(), f"{q:.0%} quantile of the scores (sample); null once frozen") for name, q in _QUANTILES.items()),
+]  # fmt: skip
+SCHEMA = pa.schema([pa.field(name, kind, metadata={"description": text}) for name, kind, text in _COLUMNS])
+_NUMBERS = SCHEMA.names[1:]
+_MEASURED = ["movement", "score_movement", *_QUANTILES]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the flight recorder is asked for.
+
+    Args:
+        every: a moment is recorded every this part of the run (and at its end), as the Trainer's ``logging_steps``.
+    """
+
+    every: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 < self.every <= 1:
+            raise InputError(f"recording: every must be a part of the run, above 0 and at most 1, not {self.every}")
+
+
+class Recorder(TrainerCallback):
+    """Records a Pruner on the first rank; the state beside each checkpoint makes the table of a resumed run gapless.
+
+    It must come before the callback that carries the Pruner's steps: that a checkpoint is complete is told by the
+    Pruner's file, so this one has to lie there first.
+
+    Attributes:
+        moments: per moment, one row of numbers per group of the Pruner, in its order; NaN where nothing can be measured.
+        warnings: kind -> sentence, each said once.
+    """
+
+    def __init__(self, pruner: Pruner, settings: Recording):
+        self.pruner = pruner
+        self.settings = settings
+        self.moments: list[Moment] = []
+        self.warnings: dict[str, str] = {}
+        self._before: dict[str, Tensor] = {}
+        self._news: dict[str, float] = {}
+
+    def table(self) -> pa.Table:
+        """All moments, with ``SCHEMA``, whose fields carry a description."""
+        layers = [group.name for group in self.pruner.groups]
+        rows = [{**row, "layer": layer} for moment in self.moments for layer, row in zip(layers, moment, strict=True)]
+        columns = [pa.array([row[field.name] for row in rows], from_pandas=True).cast(field.type) for field in SCHEMA]
+        return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+    def save(self, path: Path) -> None:
+        """Write the table as Parquet."""
+        pq.write_table(self.table(), path)
+
+    def news(self) -> dict[str, float]:
+        """The last moment in a few numbers, for the log; empty if they were asked for already."""
+        news, self._news = self._news, {}
+        return news
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.moments, self.warnings = [], {}
+        if state.global_step == 0:
+            self._before = self._look()
+            return
+        saved = load_beside(args, state, _STATE_FILE)
+        for moment in saved.pop("moments").tolist():
+            self.moments.append([dict(zip(_NUMBERS, row, strict=True)) for row in moment])
+            self.warnings = self._watch() | self.warnings
+        self._before = saved
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        interval = max(1, math.ceil(self.settings.every * state.max_steps))
+        if state.is_world_process_zero and (state.global_step % interval == 0 or state.global_step == state.max_steps):
+            self._record(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        rows = [[[row[name] for name in _NUMBERS] for row in moment] for moment in self.moments]
+        moments = torch.tensor(rows, dtype=torch.float64)
+        save_beside(args, state, _STATE_FILE, self._before | {"moments": moments})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.pruner.finish()  # a run that ends before `freeze` makes its last cut here, which belongs to the record
+        if not state.is_world_process_zero:
+            return
+        last = self.moments[-1][0] if self.moments else {"step": 0, "frozen": False}
+        if (last["step"], last["frozen"]) != (state.global_step, self.pruner.frozen):
+            self._record(state.global_step)
+
+    @torch.no_grad()
+    def _look(self) -> dict[str, Tensor]:
+        """Masks and samples as they are now, under the group's name; they are copies."""
+        seen = {f"{name}/scores": _sample(scores) for name, scores in self.pruner.scores().items()}
+        for group in self.pruner.groups:
+            seen[f"{group.name}/mask"] = group.mask.clone()
+            matrices = [slot.weight for slot in group.slots if slot.parameter.ndim == 2]
+            seen[f"{group.name}/weights"] = torch.cat([_sample(weight) for weight in matrices])
+        return seen
+
+    def _record(self, step: int) -> None:
+        before, now = self._before, self._look()
+        pairs = [_compare(group.name, before, now) for group in self.pruner.groups]
+        counts, values = (torch.stack(parts).tolist() for parts in zip(*pairs, strict=True))
+        moment: Moment = []
+        for (units, kept, cut, regrown), measured in zip(counts, values, strict=True):
+            row = {
+                "step": step, "progress": self.pruner.progress, "frozen": self.pruner.frozen, "units": units, "kept": kept,
+                "density": kept / units, "cut": cut, "regrown": regrown, "churn": (cut + regrown) / units,
+                **dict(zip(_MEASURED, measured, strict=True)),
+            }  # fmt: skip
+            moment.append({name: float(value) for name, value in row.items()})
+        self.moments.append(moment)
+        self._before, self._news = now, _summary(moment)
+        for kind, sentence in self._watch().items():
+            if kind not in self.warnings:
+                self.warnings[kind] = sentence
+                logger.warning("%s", sentence)
+
+    def _watch(self) -> dict[str, str]:
+        return watch(self.moments, self.pruner.groups, self.pruner.schedule)
+
+
+def _sample(values: Tensor) -> Tensor:
+    """Every n-th value in fp32; n is odd, so that it does not fall on the same few columns in each row."""
+    stride = max(1, values.numel() // _SAMPLE) | 1
+    return values.detach().reshape(-1)[::stride].to(torch.float32, copy=True).contiguous()
+
+
+def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What one layer did: (units, kept, cut, regrown), and the measured columns of a row; both stay on the device."""
+    mask = now[f"{name}/mask"]
+    device = mask.device
+    was = before[f"{name}/mask"].to(device)
+    counts = torch.stack([torch.ones_like(mask).sum(), mask.sum(), (was & ~mask).sum(), (mask & ~was).sum()])
+    weights, old = now[f"{name}/weights"].to(device), before[f"{name}/weights"].to(device)
+    kept = (weights != 0) & (old != 0)  # a cut weight is an exact zero
+    movement = ((weights - old).abs() * kept).sum() / kept.sum()
+    scores = now.get(f"{name}/scores")
+    if scores is None:
+        return counts, torch.cat([movement.view(1), weights.new_full((1 + len(_QUANTILES),), math.nan)])
+    score_movement = (scores - before[f"{name}/scores"].to(device)).abs().mean()
+    quantiles = scores.quantile(scores.new_tensor(list(_QUANTILES.values())))
+    return counts, torch.cat([torch.stack([movement, score_movement]), quantiles])
+
+
+def _summary(moment: Moment) -> dict[str, float]:
+    """A moment in the keys of the log: means over layers, whose units may be weights here and heads there."""
+    news = {
+        "pruning/density_min": min(row["density"] for row in moment),
+        "pruning/churn": statistics.fmean(row["churn"] for row in moment),
+        "pruning/regrown": statistics.fmean(row["regrown"] / row["units"] for row in moment),
+        "pruning/movement": statistics.fmean(row["movement"] for row in moment),
+        "pruning/score_median": statistics.median(row["score_q50"] for row in moment),
+    }
+    return {key: value for key, value in news.items() if not math.isnan(value)}
