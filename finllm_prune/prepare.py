@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import Architecture, find_architecture
@@ -98,6 +99,13 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     refuse_overlap(architecture.groups(model, recipe.pruning.rules))
     _check_fit(recipe, architecture, config)
     tokenizer = load_tokenizer(location)
+    # Encoders are told by the attention mask what is padding; these look for its token.
+    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
+    if seeks_padding or tokenizer.pad_token is None:
+        raise InputError(
+            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
+            "in its config (the end-of-text token will do) and save both"
+        )
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
     logger.info("Base model: %s. Data: %s.", origin, examples.source)

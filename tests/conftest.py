@@ -53,8 +53,8 @@ def tiny_model(
     torch.manual_seed(seed)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     config = AutoConfig.for_model(
-        model_type, vocab_size=300, max_position_embeddings=70, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        num_labels=3, **names, **(sizes | more),
+        model_type, vocab_size=300, max_position_embeddings=70, bos_token_id=2, eos_token_id=3, num_labels=3, **names,
+        **({"pad_token_id": 0} | sizes | more),
     )  # fmt: skip
     return AutoModelForSequenceClassification.from_config(config)
 
@@ -83,7 +83,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     """Saves a tiny model of a type with its tokenizer and returns the folder."""
 
-    def save(model_type: str = "bert", **sizes: int) -> Path:
+    def save(model_type: str = "bert", **sizes: object) -> Path:
         folder = tmp_path / f"tiny-{model_type}"
         tiny_model(model_type, **sizes).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -57,7 +57,7 @@ class Architecture:
             raise InputError(f"pruning.rules: target '{rule.target}' is no regular expression: {error}") from None
         linears = _base_linears(model)
         groups = [
-            Group(path, rule, [slot(linear.weight, f"{path}.weight", Site(path))])
+            Group(path, rule, [as_slot(linear.weight, f"{path}.weight", Site(path))])
             for path, linear in linears.items()
             if pattern.search(path)
         ]
@@ -71,7 +71,7 @@ class Architecture:
         return groups
 
 
-def slot(parameter: Tensor, name: str, site: Site) -> Slot:
+def as_slot(parameter: Tensor, name: str, site: Site) -> Slot:
     """A parameter at its site; torch's types call it a tensor."""
     assert isinstance(parameter, nn.Parameter)
     return Slot(name, parameter, site)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from finllm_prune.errors import InputError
-from finllm_prune.families.architecture import Architecture, missing, slot, structure_name
+from finllm_prune.families.architecture import Architecture, as_slot, missing, structure_name
 from finllm_prune.pruning import Group, Rule, Site, Slot
 
 TARGETS = {"attention": ("attention",), "mlp": ("mlp",), "encoder": ("attention", "mlp")}
@@ -234,7 +234,7 @@ def _linear(model: PreTrainedModel, path: str) -> nn.Linear:
 
 def _slots(model: PreTrainedModel, site: Site, biases: bool = False) -> list[Slot]:
     linear = _linear(model, site.path)
-    slots = [slot(linear.weight, f"{site.path}.weight", site)]
+    slots = [as_slot(linear.weight, f"{site.path}.weight", site)]
     if biases and linear.bias is not None:
-        slots.append(slot(linear.bias, f"{site.path}.bias", site))
+        slots.append(as_slot(linear.bias, f"{site.path}.bias", site))
     return slots

@@ -230,14 +230,14 @@ class Pruner:
         for rule, groups in self._rules().values():
             density = 1.0 - fraction * rule.sparsity
             states = [self._states[group.name] for group in groups]
-            criterion, rank = rule.criterion, rule.structure.rank
-            scores = [rank(criterion.score(group, state)) for group, state in zip(groups, states, strict=True)]
+            criterion = rule.criterion
+            scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
             if any(bool(score.max() == score.min()) and score.numel() > 1 for score in scores):
                 self._no_order(rule, final)
                 continue
             cutoff = None if final else criterion.cutoff(fraction)
             if cutoff is None:
-                masks = rule.budget.share(scores, density)
+                masks = rule.budget.share([rule.structure.rank(score) for score in scores], density)
             else:
                 masks = [_above(score, cutoff) for score in scores]
                 units = sum(mask.numel() for mask in masks)

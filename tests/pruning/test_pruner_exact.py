@@ -17,6 +17,7 @@ from finllm_prune.pruning import (
     Block,
     Cubic,
     Head,
+    Layer,
     Movement,
     Neuron,
     Pruner,
@@ -32,7 +33,7 @@ from tests.conftest import tiny_model
 STEPS, ACCUMULATE, CLIP, DECAY, LR = 30, 2, 0.5, 0.1, 1e-2
 HIDDEN, NEURONS, HEADS, LAYERS, BLOCK = 32, 64, 4, 2, 8
 SCHEDULE = Cubic(begin=0.1, end=0.7, freeze=0.9, updates=12)
-SPARSITY = {"unstructured": 0.7, "block": 0.7, "neuron": 0.7, "head": 0.5}
+SPARSITY = {"unstructured": 0.7, "block": 0.7, "neuron": 0.7, "head": 0.5, "layer": 0.5}
 MATRICES = {
     "attention.self.query": (HIDDEN, HIDDEN),
     "attention.self.key": (HIDDEN, HIDDEN),
@@ -47,6 +48,7 @@ STRUCTURES: dict[str, tuple[str, Structure]] = {
     "block": ("encoder", Block(BLOCK, BLOCK)),
     "neuron": ("mlp", Neuron()),
     "head": ("attention", Head()),
+    "layer": ("mlp", Layer()),
 }
 CRITERIA: dict[str, LearnedScores] = {
     "movement": Movement(travel=1.0, initial=0.2),
@@ -116,6 +118,14 @@ def reference_units(structure: str) -> dict[str, Unit]:
                 members[f"{prefix}.attention.self.{path}.weight"] = number[:, None].expand(HIDDEN, HIDDEN)
                 members[f"{prefix}.attention.self.{path}.bias"] = number
             units[f"{prefix}.attention"] = Unit(members, (HEADS,))
+    if structure == "layer":
+        members = {}
+        for layer in range(LAYERS):
+            for path in ("intermediate.dense", "output.dense"):
+                prefix = f"bert.encoder.layer.{layer}.{path}"
+                members[f"{prefix}.weight"] = torch.full(MATRICES[path], layer)
+                members[f"{prefix}.bias"] = torch.full(MATRICES[path][:1], layer)
+        units["bert.encoder.layer.mlp"] = Unit(members, (LAYERS,))
     return units
 
 
