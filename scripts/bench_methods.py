@@ -45,12 +45,12 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> None:
         try:
             protocol, cells = grid(args)
         except InputError as error:
-            parser.error(str(error))
+            parser.exit(2, f"{parser.prog}: {error}\n")
         args.out.mkdir(parents=True, exist_ok=True)
         run_missing(cells, protocol)
     rows = read(args.out)
     if not rows:
-        parser.error(f"{args.out} holds no finished cell; run without --table-only first")
+        parser.exit(2, f"{parser.prog}: {args.out} holds no finished cell; run without --table-only first\n")
     plot(rows.values(), args.out / "macro_f1.png")
     print(f"\n{table(rows.values())}")
 

@@ -89,7 +89,7 @@ def test_a_killed_bench_goes_on_and_a_changed_default_is_a_new_cell(
     again = bench(*two)[-1]
     assert (again["method"], again["settings"]["method"]["distillation"]["alpha"]) == ("dense", 0.5)
     assert again["key"] != dense["key"]
-    assert "Left out: 1 rows of other settings" in capsys.readouterr().out
+    assert "not the newest: 1." in capsys.readouterr().out
 
 
 def test_a_claim_ends_with_its_process(room: Room, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_rows_of_other_settings_are_not_compared(room: Room) -> None:
     old = row("dense", 0.0, 1, 0.8, 0.1, settings={"protocol": {"epochs": 1}, "method": {}})
     lines = room("bench.table").table([old, row("dense", 0.0, 1, 0.8, 0.8)])
     assert "| dense | 0 | 1 | 0.0001 | 0.800" in lines
-    assert "Left out: 1 rows" in lines
+    assert "not the newest: 1." in lines
 
 
 def test_shrunk_computes_the_same_with_less(room: Room) -> None:

@@ -59,7 +59,7 @@ def table(rows: Iterable[Row]) -> str:
     lines = [_cells(*_COLUMNS), _cells(*["---"] * len(_COLUMNS)), _teacher(comparable)]
     lines += [*(_line(group, dense) for group in groups), ""]
     if others:
-        lines.append(f"Left out: {others} rows of other settings than the newest.")
+        lines.append(f"Rows left out because their settings are not the newest: {others}.")
     return "\n".join([*lines, _FOOT])
 
 
@@ -76,7 +76,8 @@ def plot(rows: Iterable[Row], path: Path) -> None:
             axis.axhline(middle[0], color=f"C{number % 10}", linestyle="--", label=method)
             continue
         shift = 0.003 * (number - len(methods) / 2)
-        errors = [[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]]
+        # A percentile bootstrap need not hold the value itself.
+        errors = [[max(0.0, m - a) for _, (m, a, _) in points], [max(0.0, b - m) for _, (m, _, b) in points]]
         places = [100 * (sparsity + shift) for sparsity, _ in points]
         axis.errorbar(places, middle, yerr=errors, marker="o", capsize=3, color=f"C{number % 10}", label=method,
                       linestyle="-" if number < 10 else ":")  # fmt: skip
