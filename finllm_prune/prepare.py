@@ -25,9 +25,10 @@ from transformers import (
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import refuse_overlap
+from finllm_prune.pruning import Calibrated, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task
+from finllm_prune.training import refuse_no_chain
 from finllm_prune.training.trainer import refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,10 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     model = load_model(recipe.task, location, examples.labels)
     if recipe.model.keep_layers is not None:
         family.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
-    refuse_overlap(family.groups(model, recipe.pruning.rules))
+    groups = family.groups(model, recipe.pruning.rules)
+    refuse_overlap(groups)
+    if isinstance(recipe.pruning.oneshot, Calibrated):
+        refuse_no_chain(model, find_family(config.model_type), groups)
     teacher = _teacher(recipe, config, examples.labels)
     tokenizer = load_tokenizer(location)
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}

@@ -23,7 +23,7 @@ from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, staged
-from finllm_prune.training import PruningTrainer, Teacher
+from finllm_prune.training import PruningTrainer, Teacher, calibration_batches, prune_once
 from finllm_prune.training.trainer import complete_checkpoint
 
 
@@ -80,6 +80,11 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any
         teacher = Teacher(load_model(task, source, ready.examples.labels), recipe.distillation, layers)
     pruner = Pruner(family.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
     trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
+    if recipe.pruning.oneshot is not None and trainer.args.resume_from_checkpoint is None:
+        batches = calibration_batches(
+            recipe.pruning.oneshot, ready.tokens["train"], trainer.data_collator, trainer.args
+        )
+        prune_once(student, family, pruner, recipe.pruning.oneshot, batches)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
