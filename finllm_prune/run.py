@@ -81,10 +81,9 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, list[dict[str, Any
     pruner = Pruner(family.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
     trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
     if recipe.pruning.oneshot is not None and trainer.args.resume_from_checkpoint is None:
-        batches = calibration_batches(
-            recipe.pruning.oneshot, ready.tokens["train"], trainer.data_collator, trainer.args
-        )
-        prune_once(student, family, pruner, recipe.pruning.oneshot, batches)
+        method, collator = recipe.pruning.oneshot, task.collator(ready.tokenizer)
+        batches = calibration_batches(method, ready.tokens["train"], collator, ready.arguments.seed)
+        prune_once(student, family, pruner, method, batches)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")

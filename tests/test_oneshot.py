@@ -199,7 +199,7 @@ def test_the_masks_stay_and_a_resumed_run_ends_with_the_same_weights(tmp_path: P
     rules = [Rule("encoder", 0.5, criterion=Magnitude())]
     whole = trainer(tmp_path / "whole", rules, max_steps=6, save_strategy="steps", save_steps=3)
     assert whole.pruner is not None
-    batches = calibration_batches(method, rows(), whole.data_collator, whole.args)
+    batches = calibration_batches(method, rows(), whole.data_collator, seed=1)
     prune_once(whole.model, find_family("bert"), whole.pruner, method, batches)
     before, start = whole.pruner.mask_hash(), weights(whole.model)
     whole.train()
@@ -217,13 +217,13 @@ def test_the_masks_stay_and_a_resumed_run_ends_with_the_same_weights(tmp_path: P
 
 def test_calibration_rows_are_a_sample_without_labels(tmp_path: Path) -> None:
     run = trainer(tmp_path, None)
-    batches = calibration_batches(Wanda(rows=20), rows(), run.data_collator, run.args)
+    batches = calibration_batches(Wanda(rows=20), rows(), run.data_collator, 1, 8)
     assert [len(batch["input_ids"]) for batch in batches] == [8, 8, 4]
     assert all("labels" not in batch for batch in batches)
-    again = calibration_batches(Wanda(rows=20), rows(), run.data_collator, run.args)
+    again = calibration_batches(Wanda(rows=20), rows(), run.data_collator, 1, 8)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
     assert not torch.equal(torch.cat([b["input_ids"] for b in batches]), torch.tensor(rows()["input_ids"][:20]))
-    assert sum(len(b["input_ids"]) for b in calibration_batches(Wanda(), rows(), run.data_collator, run.args)) == 96
+    assert sum(len(b["input_ids"]) for b in calibration_batches(Wanda(), rows(), run.data_collator, 1)) == 96
 
 
 def recipe(model: Path, folder: Path, oneshot: Any, **changes: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollator, PreTrainedModel, TrainingArguments
+from tqdm import tqdm
+from transformers import DataCollator, PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import Family
@@ -46,7 +47,7 @@ def prune_once(
         passes = _record(model, layers, batches)
         if not passes:
             raise InputError("pruning.oneshot: there is no calibration data; give at least one batch, or use magnitude")
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(tqdm(layers, desc="one shot", leave=False)):
             groups = [group for group in pruner.groups if _lies_in(group, model, family, index)]
             linears = [model.get_submodule(group.slots[0].site.path) for group in groups]
             statistics = _observe(method, passes, index, layer, linears)
@@ -63,13 +64,13 @@ def prune_once(
 
 
 def calibration_batches(
-    method: OneShot, rows: datasets.Dataset, collator: DataCollator, args: TrainingArguments
+    method: OneShot, rows: datasets.Dataset, collator: DataCollator, seed: int, batch_size: int = 16
 ) -> list[dict[str, Tensor]]:
-    """A random sample of tokenized rows as batches without labels, the same on every rank; none if the method needs none."""
+    """A random sample of tokenized rows without labels, the same on any number of ranks; none if the method needs none."""
     if not isinstance(method, Calibrated):
         return []
-    sample = rows.shuffle(seed=args.seed).select(range(min(method.rows, len(rows))))
-    batches = DataLoader(sample, args.per_device_train_batch_size, collate_fn=collator)
+    sample = rows.shuffle(seed=seed).select(range(min(method.rows, len(rows))))
+    batches = DataLoader(sample, batch_size, collate_fn=collator)
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
 
