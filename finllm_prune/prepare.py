@@ -24,11 +24,12 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.errors import InputError
-from finllm_prune.families import Architecture, find_architecture
+from finllm_prune.families import Architecture, find_architecture, find_family
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import refuse_overlap
+from finllm_prune.pruning import Calibrated, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task
+from finllm_prune.training import refuse_no_chain
 from finllm_prune.training.trainer import refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,11 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     model = load_model(recipe.task, location, examples.labels)
     if recipe.model.keep_layers is not None:
         architecture.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
-    refuse_overlap(architecture.groups(model, recipe.pruning.rules))
+    groups = architecture.groups(model, recipe.pruning.rules)
+    refuse_overlap(groups)
     _check_fit(recipe, architecture, config)
+    if isinstance(recipe.pruning.oneshot, Calibrated):
+        refuse_no_chain(model, find_family(config.model_type), groups)
     tokenizer = load_tokenizer(location)
     # Encoders are told by the attention mask what is padding; these look for its token.
     seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None

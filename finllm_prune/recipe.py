@@ -17,7 +17,21 @@ from transformers import TrainingArguments
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import check_gates
-from finllm_prune.pruning import BUDGETS, CRITERIA, REGULARIZERS, SCHEDULES, STRUCTURES, Cubic, Rule, Schedule
+from finllm_prune.pruning import (
+    BUDGETS,
+    CRITERIA,
+    ONESHOT,
+    REGULARIZERS,
+    SCHEDULES,
+    STRUCTURES,
+    Criterion,
+    Cubic,
+    Magnitude,
+    OneShot,
+    Rule,
+    Schedule,
+    refuse_unfit,
+)
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Recording
@@ -58,10 +72,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class Pruning:
-    """How fast, and what: see ``finllm_prune.pruning``."""
+    """How fast, and what: see ``finllm_prune.pruning``.
+
+    Args:
+        oneshot: chooses the final masks before training, which then tunes what is left (or nothing, with
+            ``training.num_train_epochs: 0``); the criteria of the rules and the schedule do not matter then.
+    """
 
     rules: list[Rule]
     schedule: Schedule = field(default_factory=Cubic)
+    oneshot: OneShot | None = None
 
 
 @dataclass(frozen=True)
@@ -128,22 +148,12 @@ def parse(data: dict[str, Any]) -> Recipe:
     task = mapping({"name": data["task"]} if isinstance(data["task"], str) else data["task"], "task")
     if "name" not in task:
         raise InputError("task.name: this key is missing; name a task, as sentiment")
-    pruning = mapping(data["pruning"], "pruning")
-    refuse_unknown(pruning, ["rules", "schedule"], "pruning")
-    rules = pruning.get("rules")
-    if not isinstance(rules, list) or not rules:
-        raise InputError(
-            "pruning.rules: a list of at least one rule is needed, as {target: mlp, structure: neuron, sparsity: 0.5}"
-        )
     dense = build(Dense, data.get("dense") or {}, "dense")
     training = _training(data.get("training") or {}, "training")
     recipe = Recipe(
         model=build(Model, model, "model"),
         task=build(find_task(task["name"]), {key: value for key, value in task.items() if key != "name"}, "task"),
-        pruning=Pruning(
-            rules=[_rule(rule, f"pruning.rules.{i}") for i, rule in enumerate(rules)],
-            schedule=_named(SCHEDULES, pruning.get("schedule", "cubic"), "pruning.schedule"),
-        ),
+        pruning=_pruning(data["pruning"]),
         output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
         distillation=_distillation(data.get("distillation", {})),
@@ -166,6 +176,25 @@ def parse(data: dict[str, Any]) -> Recipe:
     if "latency_ratio" in recipe.gates and "compact" not in recipe.export:
         raise InputError("gates.latency_ratio: only a compact model is faster; add compact to export or drop the gate")
     return dataclasses.replace(recipe, resolved=_plain(recipe))
+
+
+def _pruning(data: Any) -> Pruning:
+    settings = mapping(data, "pruning")
+    refuse_unknown(settings, [f.name for f in dataclasses.fields(Pruning)], "pruning")
+    given = settings.get("rules")
+    if not isinstance(given, list) or not given:
+        raise InputError(
+            "pruning.rules: a list of at least one rule is needed, as {target: mlp, structure: neuron, sparsity: 0.5}"
+        )
+    rules = [_rule(rule, f"pruning.rules.{i}") for i, rule in enumerate(given)]
+    schedule = _named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
+    if settings.get("oneshot") in (None, False):
+        return Pruning(rules, schedule)
+    oneshot = _named(ONESHOT, settings["oneshot"], "pruning.oneshot")
+    refuse_unfit(oneshot, rules)
+    # A criterion that waits for gradients would only hold memory.
+    criterion = oneshot if isinstance(oneshot, Criterion) else Magnitude()
+    return Pruning([dataclasses.replace(rule, criterion=criterion) for rule in rules], schedule, oneshot)
 
 
 def _rule(data: Any, where: str) -> Rule:
@@ -220,7 +249,9 @@ def _training(data: Any, where: str) -> dict[str, Any]:
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default filled in, as data that YAML and JSON can hold and ``Recipe.load`` can read."""
     names: dict[type, str] = {
-        cls: name for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES, REGULARIZERS) for name, cls in table.items()
+        cls: name
+        for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES, REGULARIZERS, ONESHOT)
+        for name, cls in table.items()
     }
 
     def plain(value: Any) -> Any:

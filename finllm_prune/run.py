@@ -2,10 +2,11 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
 from finllm_prune.provenance import provenance
-from finllm_prune.pruning import Pruner, Rule, Sensitivity
+from finllm_prune.pruning import Calibrated, Pruner, Sensitivity
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, staged
 from finllm_prune.training import (
@@ -29,6 +30,8 @@ from finllm_prune.training import (
     Recorder,
     Teacher,
     measure_sensitivity,
+    prune_once,
+    sample_batches,
     uniform_layers,
     with_teacher_logits,
 )
@@ -78,30 +81,53 @@ def _dense(ready: Prepared) -> PreTrainedModel:
 
 def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, list[dict[str, Any]]]:
     """The pruned model, from the dense one; with the masks final, what was recorded, and the training's log."""
-    recipe, task = ready.recipe, ready.recipe.task
-    student = load_model(task, str(ready.work / "dense"), ready.examples.labels)
+    recipe = ready.recipe
+    student = load_model(recipe.task, str(ready.work / "dense"), ready.examples.labels)
     architecture = find_architecture(student.config.model_type)
     depth = architecture.depth_of(student.config)
-    kept = recipe.model.keep_layers or list(range(depth))
     if recipe.model.keep_layers is not None:
-        architecture.keep_layers(student, kept)
-    teacher, rows = None, ready.tokens["train"]
-    if recipe.distillation is not None:
-        model = load_model(task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
-        layers = uniform_layers(kept, depth, architecture.depth_of(model.config))
-        teacher = Teacher(model, recipe.distillation, layers, getattr(student.config, "hidden_size", None))
-        if recipe.distillation.cache:
-            teacher.to(ready.arguments.device)
-            rows = with_teacher_logits(model, rows, task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
+        architecture.keep_layers(student, recipe.model.keep_layers)
+    teacher, rows = _teacher(ready, student, depth)
     pruner = Pruner(architecture.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
-    measure_sensitivity(student, pruner.groups, _some_batches(ready, recipe.pruning.rules))
     trainer = _trainer(
         ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording
     )
+    _calibrate(ready, student, pruner, resumed=trainer.args.resume_from_checkpoint is not None)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
     return student, pruner, trainer.recorder, [entry for entry in trainer.state.log_history if "sparsity" in entry]
+
+
+def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Teacher | None, datasets.Dataset]:
+    """Whom the student imitates, block by block of its first ``depth``; and the training rows, with kept logits if asked."""
+    recipe, rows = ready.recipe, ready.tokens["train"]
+    if recipe.distillation is None:
+        return None, rows
+    model = load_model(recipe.task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
+    kept = recipe.model.keep_layers or list(range(depth))
+    layers = uniform_layers(kept, depth, find_architecture(model.config.model_type).depth_of(model.config))
+    teacher = Teacher(model, recipe.distillation, layers, getattr(student.config, "hidden_size", None))
+    if recipe.distillation.cache:
+        teacher.to(ready.arguments.device)
+        rows = with_teacher_logits(model, rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
+    return teacher, rows
+
+
+def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner, resumed: bool) -> None:
+    """What rules ask of data before training: the loss of each matrix's cut, or the final masks in one shot."""
+
+    def sample(count: int) -> list[dict[str, Tensor]]:
+        return sample_batches(ready.tokens["train"], count, ready.recipe.task.collator(ready.tokenizer), seed)
+
+    rules, method, seed = ready.recipe.pruning.rules, ready.recipe.pruning.oneshot, ready.arguments.seed
+    measure_sensitivity(
+        student, pruner.groups,
+        sample(max((rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)), default=0)),
+    )  # fmt: skip
+    if method is not None and not resumed:
+        batches = sample(method.rows) if isinstance(method, Calibrated) else []
+        prune_once(student, find_architecture(student.config.model_type), pruner, method, batches)
 
 
 def _report(
@@ -158,18 +184,6 @@ def _trainer(
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
         compute_metrics=lambda result: _scores(result, metrics), **parts,
     )  # fmt: skip
-
-
-def _some_batches(ready: Prepared, rules: Sequence[Rule]) -> Iterator[dict[str, Tensor]]:
-    """The training rows on which the rules that ask for it measure the loss."""
-    count = max((rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)), default=0)
-    rows = (
-        ready.tokens["train"].shuffle(seed=ready.arguments.seed).select(range(min(count, len(ready.tokens["train"]))))
-    )
-    collate = ready.recipe.task.collator(ready.tokenizer)
-    size = ready.arguments.per_device_train_batch_size
-    for start in range(0, len(rows), size):
-        yield collate([rows[i] for i in range(start, min(start + size, len(rows)))])
 
 
 def _scores(result: EvalPrediction, metrics: Sequence[str]) -> dict[str, float]:

@@ -48,10 +48,10 @@ def states(width: int, seed: int, n: int = 3, length: int = 5) -> Tensor:
     return torch.randn(n, length, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_without_padding_the_default_loss_is_what_it_always_was() -> None:
+def test_without_padding_the_loss_is_its_formula() -> None:
     student, teacher, inputs = tiny_model(seed=1), tiny_model(seed=2).eval(), batch(pad=0)
     outputs = student(**inputs, output_hidden_states=True)
-    got = Teacher(teacher, Distillation(), [0, 1]).loss(outputs, inputs)
+    got = Teacher(teacher, Distillation(hidden=3.0), [0, 1]).loss(outputs, inputs)
 
     target = teacher(inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True)
     p, q = (F.log_softmax(logits / 2.0, -1) for logits in (target.logits, outputs.logits))
@@ -60,7 +60,7 @@ def test_without_padding_the_default_loss_is_what_it_always_was() -> None:
     layers = torch.zeros(())
     for own, other in zip(outputs.hidden_states[1:], target.hidden_states[1:], strict=True):
         layers = layers + ((own - other) * kept).square().sum() / (kept.sum() * 32)
-    torch.testing.assert_close(got, 0.9 * 2.0 * 2.0 * divergence + (1.0 - 0.9) * outputs.loss + 1.0 * layers)
+    torch.testing.assert_close(got, 0.9 * 2.0 * 2.0 * divergence + (1.0 - 0.9) * outputs.loss + 3.0 * layers)
 
 
 @pytest.mark.parametrize(

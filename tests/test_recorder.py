@@ -113,7 +113,7 @@ def grid(pruned: list[bool]) -> torch.Tensor:
 def test_flips_are_counted_exactly(masks: list[list[bool]]) -> None:
     linear = nn.Linear(4, 3, bias=False)
     group = Group("layer", Rule("encoder", 0.5, criterion=Magnitude()), [Slot("w", linear.weight, Site("layer"))])
-    recorder = Recorder(Pruner([group], Cubic()), Recording(every=1.0))
+    recorder = Recorder(Pruner([group], Cubic(0.1, 0.7, 0.9)), Recording(every=1.0))
     args, control = TrainingArguments(), TrainerControl()
     recorder.on_train_begin(args, TrainerState(), control)
     before = [False] * 12
@@ -132,7 +132,7 @@ def test_movement_is_the_mean_over_the_weights_that_are_kept_at_both_ends() -> N
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     group = Group("layer", Rule("encoder", 0.5, Unstructured(), Magnitude()), [Slot("w", linear.weight, Site("layer"))])
-    recorder = Recorder(Pruner([group], Cubic()), Recording())
+    recorder = Recorder(Pruner([group], Cubic(0.1, 0.7, 0.9)), Recording())
     recorder.on_train_begin(TrainingArguments(), TrainerState(), TrainerControl())
     linear.weight.data = torch.tensor([[0.0, 2.5, 2.0, 4.0]])  # the first one is cut
     recorder.on_step_end(TrainingArguments(), TrainerState(global_step=1, max_steps=1), TrainerControl())

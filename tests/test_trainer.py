@@ -62,7 +62,7 @@ def trainer(
         "max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.1, "save_strategy": "no",
         "disable_tqdm": True, "logging_steps": 1, "use_cpu": True, "dataloader_pin_memory": False, "seed": 5,
     }  # fmt: skip
-    pruner = Pruner(find_family("bert").groups(model, rules), Cubic()) if rules else None
+    pruner = Pruner(find_family("bert").groups(model, rules), Cubic(0.1, 0.7, 0.9)) if rules else None
     return PruningTrainer(
         model, TrainingArguments(str(folder), **(defaults | arguments)), pruner=pruner, teacher=teacher,
         train_dataset=data or rows(), callbacks=callbacks, **(parts or {}),

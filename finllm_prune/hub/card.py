@@ -34,6 +34,7 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         verdict=_verdict(report),
         rules=run["recipe"]["pruning"]["rules"],
         schedule=run["recipe"]["pruning"]["schedule"],
+        oneshot=run["recipe"]["pruning"]["oneshot"],
         distillation=run["recipe"]["distillation"],
         recorded=run["recipe"]["recording"] is not None,
         exported=exported,

@@ -16,15 +16,17 @@ from finllm_prune.pruning.criteria import (
     Variance,
 )
 from finllm_prune.pruning.groups import Group, Rule, Slot
+from finllm_prune.pruning.oneshot import ONESHOT, Calibrated, OneShot, SparseGPT, Wanda, pattern_of, refuse_unfit
 from finllm_prune.pruning.pruner import Pruner, refuse_overlap
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
 from finllm_prune.pruning.structures import NM, STRUCTURES, Block, Head, Layer, Neuron, Site, Structure, Unstructured
 
 __all__ = [
-    "BUDGETS", "CRITERIA", "L1", "L2", "NM", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
-    "Block", "Budget", "Constant", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient", "Group", "GroupLasso",
-    "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "Platon", "Pruner", "Random", "Regularizer", "Rule",
-    "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement", "Structure", "Taylor",
-    "Uniform", "Unstructured", "Variance", "refuse_overlap",
+    "BUDGETS", "CRITERIA", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
+    "Block", "Budget", "Calibrated", "Constant", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient", "Group",
+    "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner", "Random",
+    "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
+    "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
+    "pattern_of", "refuse_overlap", "refuse_unfit",
 ]  # fmt: skip

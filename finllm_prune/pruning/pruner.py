@@ -98,6 +98,15 @@ class Pruner:
         for group in self.groups:
             group.zero()
 
+    @torch.no_grad()
+    def fix(self, masks: dict[str, Tensor]) -> None:
+        """Take final masks that were chosen elsewhere, by group name: what they cut is zero from now on."""
+        for group in self.groups:
+            group.set_mask(masks[group.name])
+            group.zero()
+        self.frozen = True
+        self._states = {name: {} for name in self._states}
+
     def masks(self) -> dict[str, Tensor]:
         """Group name -> boolean unit grid, True where kept."""
         return {group.name: group.mask for group in self.groups}

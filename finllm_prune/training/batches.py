@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
+import datasets
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import DataCollator
 
 _CHUNK = 16
 
@@ -43,3 +46,11 @@ class BucketSampler(Sampler[int]):
         tail = batches.pop() if len(batches[-1]) < self.batch_size else order[:0]
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
         yield from torch.cat([*shuffled, tail]).tolist()
+
+
+def sample_batches(
+    rows: datasets.Dataset, count: int, collator: DataCollator, seed: int, batch_size: int = 16
+) -> list[dict[str, Tensor]]:
+    """Batches of a random sample of tokenized rows, the same on any number of ranks."""
+    sample = rows.shuffle(seed=seed).select(range(min(count, len(rows))))
+    return list(DataLoader(sample, batch_size, collate_fn=collator))

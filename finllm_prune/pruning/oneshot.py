@@ -1,0 +1,175 @@
+"""One shot with calibration data: one matrix and statistics of its inputs -> its final mask and the weights that stay.
+
+Written for ``y = W x`` with W of shape (out, in). A method sees one matrix at a time, so that nothing larger than one layer's
+statistics is ever held; ``finllm_prune.training.oneshot`` walks a model with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from finllm_prune.errors import InputError
+from finllm_prune.pruning.budgets import Uniform, select
+from finllm_prune.pruning.criteria import Criterion, Magnitude
+from finllm_prune.pruning.groups import Rule
+from finllm_prune.pruning.structures import Structure, Unstructured
+
+Pattern = tuple[int, int]
+"""(n, m): n of every m consecutive weights along the input axis stay."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The base of the methods that look at the inputs of a matrix.
+
+    Args:
+        rows: how many training rows (their texts only) the inputs are taken from; all, where there are fewer.
+    """
+
+    rows: int = 128
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise InputError(
+                f"pruning.oneshot.rows: wanda and sparsegpt need calibration data, so at least 1 row, not {self.rows}; "
+                "without data there is oneshot: magnitude"
+            )
+
+    def statistics(self, inputs: Tensor) -> Tensor:
+        """Inputs of shape (tokens, in) -> what is remembered of them (fp32); it adds up over batches."""
+        raise NotImplementedError
+
+    def prune(
+        self, weight: Tensor, statistics: Tensor, sparsity: float, pattern: Pattern | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The mask (bool, True where kept) and the new weight (fp32, zero where cut), both (out, in).
+
+        Args:
+            weight: (out, in), whole.
+            statistics: the sum over all batches.
+            sparsity: the part that is cut; a ``pattern`` goes before it.
+            pattern: (n, m), where m divides ``in``; None cuts single weights.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Wanda(Calibrated):
+    """``|W| * ||X||_2``, compared within each output row (Sun et al. 2023, https://arxiv.org/abs/2306.11695)."""
+
+    def statistics(self, inputs: Tensor) -> Tensor:
+        return inputs.float().square().sum(0)
+
+    def prune(
+        self, weight: Tensor, statistics: Tensor, sparsity: float, pattern: Pattern | None = None
+    ) -> tuple[Tensor, Tensor]:
+        inn = weight.shape[1]
+        n, m = pattern or (max(1, round((1.0 - sparsity) * inn)), inn)
+        mask = best(weight.float().abs() * statistics.sqrt(), n, m)
+        return mask, weight.float() * mask
+
+
+@dataclass(frozen=True)
+class SparseGPT(Calibrated):
+    """Optimal brain surgeon, column by column (Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774).
+
+    With ``H = X^T X`` and U the upper Cholesky factor of its inverse, a cut of ``w_j`` costs ``w_j^2 / U_jj^2``, and the
+    columns behind j make up for it by ``-w_j / U_jj * U_j``. Each block of columns takes the sparsity on its own.
+
+    Args:
+        block: columns whose masks are chosen together, before the first of them is cut; whole patterns under n:m.
+        damp: added to the diagonal of H, as a part of its mean.
+    """
+
+    block: int = 128
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1 or not 0 < self.damp < 1:
+            raise InputError(
+                "pruning.oneshot: the block of sparsegpt must be at least 1 and its damp lie between 0 and 1 "
+                f"(exclusive), not {self.block} and {self.damp}"
+            )
+
+    def statistics(self, inputs: Tensor) -> Tensor:
+        return inputs.float().T @ inputs.float()
+
+    def prune(
+        self, weight: Tensor, statistics: Tensor, sparsity: float, pattern: Pattern | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weight, factor = weight.float().clone(), self._factor(statistics)
+        scale = (statistics.diagonal() > 0) / factor.diagonal()  # a weight whose input was always zero costs nothing
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        n, m = pattern or (1, 1)
+        width = max(1, self.block // m) * m
+        for start in range(0, weight.shape[1], width):
+            part = slice(start, start + width)
+            block, kept, upper = weight[:, part], mask[:, part], factor[part, part]  # views: written in place
+            if pattern is None:
+                cost = (block * scale[part]).square()
+                kept.copy_(select([cost], max(1, round((1.0 - sparsity) * cost.numel())))[0])
+            errors = torch.zeros_like(block)
+            for j in range(block.shape[1]):
+                if pattern is not None and j % m == 0:
+                    kept[:, j : j + m] = best((block * scale[part]).square()[:, j : j + m], n, m)
+                errors[:, j] = block[:, j].masked_fill(kept[:, j], 0) / upper[j, j]
+                block[:, j:] -= torch.outer(errors[:, j], upper[j, j:])
+            weight[:, start + width :] -= errors @ factor[part, start + width :]
+        return mask, weight * mask
+
+    def _factor(self, hessian: Tensor) -> Tensor:
+        """U: inputs that were always zero, and more inputs than tokens, are no trouble, for the diagonal is damped."""
+        scaled = hessian / hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+        scaled.diagonal().add_(self.damp)
+        lower, failed = torch.linalg.cholesky_ex(scaled)
+        upper: Tensor
+        upper, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if bool(failed) or bool(again) or not bool(upper.isfinite().all()):
+            raise InputError(
+                "pruning.oneshot: the Hessian of a matrix has no inverse, because its inputs are infinite or depend on "
+                f"each other; raise damp ({self.damp}) or rows ({self.rows})"
+            )
+        return upper
+
+
+OneShot = Criterion | Calibrated
+
+
+def best(scores: Tensor, n: int, m: int) -> Tensor:
+    """The mask of the ``n`` highest of every ``m`` scores along a row; ties go to the lower index."""
+    grid = scores.reshape(-1, m)
+    order = grid.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(grid, dtype=torch.bool).scatter_(1, order[:, :n], True).view(scores.shape)
+
+
+@runtime_checkable
+class _NM(Protocol):
+    n: int
+    m: int
+
+
+def pattern_of(structure: Structure) -> Pattern | None:
+    """The (n, m) of an n:m structure, None for any other."""
+    return (structure.n, structure.m) if isinstance(structure, _NM) else None
+
+
+def refuse_unfit(method: OneShot, rules: Sequence[Rule]) -> None:
+    """A one-shot method cuts single weights, and a calibrated one sees one matrix at a time."""
+    for i, rule in enumerate(rules):
+        if not isinstance(rule.structure, Unstructured) and pattern_of(rule.structure) is None:
+            raise InputError(
+                f"pruning.rules.{i}.structure: pruning.oneshot cuts single weights; set unstructured or n:m here, or "
+                "remove pruning.oneshot"
+            )
+        if isinstance(method, Calibrated) and rule.budget != Uniform():
+            raise InputError(
+                f"pruning.rules.{i}.budget: oneshot {type(method).__name__.lower()} shares its sparsity within each "
+                "matrix; set budget: uniform, or oneshot: magnitude"
+            )
+
+
+ONESHOT: dict[str, type[OneShot]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}

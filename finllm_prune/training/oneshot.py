@@ -1,0 +1,164 @@
+"""One shot on a whole model, block by block: each block's inputs come from the pruned blocks before it.
+
+Not covered: models whose blocks are no plain chain (shared weights, a convolution between two blocks): they are refused.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from finllm_prune.errors import InputError
+from finllm_prune.families import Architecture, Family
+from finllm_prune.pruning import Calibrated, Group, OneShot, Pruner, pattern_of
+
+
+def prune_once(
+    model: PreTrainedModel, family: Architecture, pruner: Pruner, method: OneShot, batches: Iterable[dict[str, Tensor]]
+) -> None:
+    """Choose the final masks before training and fix them in the Pruner.
+
+    Without data the rules' own criterion and budget choose, which are to be the method's. With data, a block is run on the
+    cached hidden states, pruned, and run again for the inputs of the next one, so that one block's statistics are held.
+
+    Args:
+        model: dense, with the Pruner's groups.
+        batches: as the model takes them; tokens that ``attention_mask`` leaves out do not count.
+
+    Raises:
+        InputError: the model's blocks are no plain chain.
+    """
+    if not isinstance(method, Calibrated):
+        pruner.finish()
+        return
+    assert isinstance(family, Family)  # `refuse_no_chain` has told
+    masks: dict[str, Tensor] = {}
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        layers = family.layers(model)
+        passes = _record(model, layers, batches)
+        if not passes:
+            raise InputError("pruning.oneshot: there is no calibration data; give at least one batch, or use magnitude")
+        for index, layer in enumerate(tqdm(layers, desc="one shot", leave=False)):
+            groups = [group for group in pruner.groups if _lies_in(group, model, family, index)]
+            linears = [model.get_submodule(group.slots[0].site.path) for group in groups]
+            statistics = _observe(method, passes, index, layer, linears)
+            for group, seen in zip(groups, statistics, strict=True):
+                weight, rule = group.slots[0].weight, group.rule
+                mask, pruned = method.prune(weight, seen, rule.sparsity, pattern_of(rule.structure))
+                weight.copy_(pruned)
+                # Unlike machines may round differently, and masks must be equal on all ranks; DDP equals the weights.
+                masks[group.name] = broadcast(mask)
+            for step in passes:
+                step.hidden = step.run(index, layer)
+    model.train(was_training)
+    pruner.fix(masks)
+
+
+def refuse_no_chain(model: PreTrainedModel, family: Family, groups: list[Group]) -> None:
+    """What can be told without running the model: blocks that are used several times, targets outside of the blocks."""
+    blocks, depth = len(family.layers(model)), getattr(model.config, family.depth)
+    if blocks != depth:
+        raise InputError(
+            f"pruning.oneshot: {family.model_type} runs {blocks} sets of weights as {depth} blocks, which cannot be "
+            "calibrated one after the other; use oneshot: magnitude"
+        )
+    for group in groups:
+        if not any(_lies_in(group, model, family, block) for block in range(blocks)):
+            raise InputError(
+                f"pruning.oneshot: {group.name} lies in none of the model's blocks; set target to attention, mlp or "
+                "encoder, or use oneshot: magnitude"
+            )
+
+
+@dataclass
+class Pass:
+    """One calibration batch on its way through the blocks.
+
+    Args:
+        real: (batch, tokens), False at padding.
+        hidden: (batch, tokens, width), the input of the next block.
+        calls: for each block, its other arguments: masks, positions.
+    """
+
+    real: Tensor
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def run(self, index: int, layer: nn.Module) -> Tensor:
+        """The output of a block."""
+        args, kwargs = self.calls[index]
+        return _hidden(layer(self.hidden, *args, **kwargs))
+
+    def inputs(self, index: int, layer: nn.Module, linears: Sequence[nn.Module]) -> list[Tensor]:
+        """The inputs of some of a block's layers, (tokens, in), without padding."""
+        seen: dict[nn.Module, Tensor] = {}
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(module, args[0])  # the tokens come first; DeBERTa sends relative positions after them
+
+        with ExitStack() as hooks:
+            for linear in linears:
+                hooks.enter_context(linear.register_forward_pre_hook(keep))
+            self.run(index, layer)
+        return [seen[linear][self.real] for linear in linears]
+
+
+def _record(model: PreTrainedModel, layers: nn.ModuleList, batches: Iterable[dict[str, Tensor]]) -> list[Pass]:
+    """The input of the first block and the other arguments of all, from one run of the dense model."""
+    passes: list[Pass] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    ends: list[Tensor] = []  # the input of the first block, then the latest output
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ends[:] = ends or [args[0]]
+        if args[0] is not ends[-1]:
+            raise InputError(
+                f"pruning.oneshot: in this {model.config.model_type} model something lies between two blocks, so that they "
+                "cannot be calibrated one after the other; use oneshot: magnitude"
+            )
+        # A cache would go on growing with each run of a block.
+        calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "past_key_values"}))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        ends[1:] = [_hidden(output)]
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(after))
+        for batch in batches:
+            calls.clear()
+            ends.clear()
+            batch = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+            model(**batch)
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            passes.append(Pass(real, ends[0], list(calls)))
+    return passes
+
+
+def _observe(
+    method: Calibrated, passes: list[Pass], index: int, layer: nn.Module, linears: list[nn.Module]
+) -> list[Tensor]:
+    """The statistics of each linear layer's inputs, over all batches."""
+    total: list[Tensor] = []
+    for step in passes:
+        more = [method.statistics(inputs) for inputs in step.inputs(index, layer, linears)]
+        total = [a + b for a, b in zip(total, more, strict=True)] if total else more
+    return total
+
+
+def _lies_in(group: Group, model: PreTrainedModel, family: Family, block: int) -> bool:
+    return group.slots[0].site.path.startswith(f"{family.root(model)}.{block}.")
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
