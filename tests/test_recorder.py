@@ -1,5 +1,6 @@
 """The flight recorder: exact counts, a gapless table, the log, the plots, and warnings that come when they should."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from finllm_prune.pruning import (
     Unstructured,
 )
 from finllm_prune.pruning.criteria import State, Step
+from finllm_prune.recipe import parse
 from finllm_prune.training import PruningTrainer, Recorder, Recording
 from finllm_prune.training.recorder import SCHEMA
 from tests.conftest import tiny_model
@@ -311,7 +313,31 @@ def test_the_plots_are_drawn_from_the_file_however_short_the_run(
     assert min(sizes.values()) > 5000
 
 
-@pytest.mark.parametrize("every", [0.0, -0.1, 1.5])
-def test_an_interval_that_is_no_part_of_the_run_is_refused(every: float) -> None:
-    with pytest.raises(InputError, match="recording: every must be a part of the run"):
-        Recording(every=every)
+RECIPE: dict[str, Any] = {
+    "model": "some/model", "task": "sentiment", "output": "outputs/some",
+    "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, Recording()), ({"every": 0.1}, Recording(every=0.1)), (False, None), (None, None)]
+)
+def test_a_recipe_says_how_often_is_recorded(given: Any, expected: Recording | None) -> None:
+    recipe = parse({**RECIPE, "recording": given})
+    assert recipe.recording == expected
+    assert parse(recipe.resolved).recording == expected
+    assert parse(RECIPE).recording == Recording()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"every": 0.0}, "recording: every must be a part of the run, above 0 and at most 1, not 0.0"),
+        ({"every": 1.5}, "recording: every must be a part of the run, above 0 and at most 1, not 1.5"),
+        ({"evry": 0.1}, "recording.evry: unknown key; did you mean 'every'?"),
+        (0.1, "recording: keys and values are expected here, not 0.1"),
+    ],
+)
+def test_a_recipe_that_asks_for_no_interval_is_refused(given: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        parse({**RECIPE, "recording": given})

@@ -147,7 +147,8 @@ class Recorder(TrainerCallback):
         pairs = [_compare(group.name, before, now) for group in self.pruner.groups]
         counts, values = (torch.stack(parts).tolist() for parts in zip(*pairs, strict=True))
         moment: Moment = []
-        for (units, kept, cut, regrown), measured in zip(counts, values, strict=True):
+        for group, (kept, cut, regrown), measured in zip(self.pruner.groups, counts, values, strict=True):
+            units = group.mask.numel()
             row = {
                 "step": step, "progress": self.pruner.progress, "frozen": self.pruner.frozen, "units": units, "kept": kept,
                 "density": kept / units, "cut": cut, "regrown": regrown, "churn": (cut + regrown) / units,
@@ -172,11 +173,11 @@ def _sample(values: Tensor) -> Tensor:
 
 
 def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What one layer did: (units, kept, cut, regrown), and the measured columns of a row; both stay on the device."""
+    """What one layer did: (kept, cut, regrown), and the measured columns of a row; both stay on the device."""
     mask = now[f"{name}/mask"]
     device = mask.device
     was = before[f"{name}/mask"].to(device)
-    counts = torch.stack([torch.ones_like(mask).sum(), mask.sum(), (was & ~mask).sum(), (mask & ~was).sum()])
+    counts = torch.stack([grid.count_nonzero() for grid in (mask, was & ~mask, mask & ~was)])
     weights, old = now[f"{name}/weights"].to(device), before[f"{name}/weights"].to(device)
     kept = (weights != 0) & (old != 0)  # a cut weight is an exact zero
     movement = ((weights - old).abs() * kept).sum() / kept.sum()
