@@ -21,9 +21,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.errors import InputError
-from finllm_prune.families import find_family
+from finllm_prune.families import Architecture, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import refuse_overlap
 from finllm_prune.recipe import Recipe
@@ -89,22 +90,44 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
         locate(recipe.dense.checkpoint, "dense.checkpoint") if recipe.dense.checkpoint else locate(recipe.model.name)
     )
     config = load_config(location)
-    family = find_family(config.model_type)
+    architecture = find_architecture(config.model_type)
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
     if recipe.model.keep_layers is not None:
-        family.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
-    refuse_overlap(family.groups(model, recipe.pruning.rules))
-    teacher = _teacher(recipe, config, examples.labels)
+        architecture.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
+    refuse_overlap(architecture.groups(model, recipe.pruning.rules))
+    _check_fit(recipe, architecture, config)
     tokenizer = load_tokenizer(location)
+    # Encoders are told by the attention mask what is padding; these look for its token.
+    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
+    if seeks_padding or tokenizer.pad_token is None:
+        raise InputError(
+            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
+            "in its config (the end-of-text token will do) and save both"
+        )
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
+    teacher = _teacher(recipe, examples, tokens["train"])
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         _open_work(recipe, work, resume)
     PartialState().wait_for_everyone()
     return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher)
+
+
+def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig) -> None:
+    """What a recipe asks for beyond the rules, and not every architecture can give."""
+    shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule) for rule in recipe.pruning.rules)
+    if "compact" in recipe.export and not shrinks:
+        raise InputError(
+            f"export: compact can leave out nothing of what these rules cut in a {config.model_type} model; drop compact "
+            "from export, or add a rule with structure: neuron"
+        )
+    if recipe.distillation is not None and recipe.distillation.hidden > 0 and architecture.depth_of(config) == 0:
+        raise InputError(
+            f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0"
+        )
 
 
 def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
@@ -123,23 +146,23 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
     return model
 
 
-def load_config(location: str) -> PreTrainedConfig:
-    """The config of a model; a damaged one is one sentence."""
+def load_config(location: str, key: str = "model") -> PreTrainedConfig:
+    """The config of a model; a damaged one is one sentence with the recipe's key."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(location)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model: the config of {location} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{key}: the config of {location} cannot be read: {_one_line(error)}") from error
     return config
 
 
-def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase:
     """The tokenizer of a model; where a folder has none, transformers would silently make one that knows no words."""
     if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
-        raise InputError(f"model: {location} holds no tokenizer; save the model's tokenizer into the same folder")
+        raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model: the tokenizer of {location} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{key}: the tokenizer of {location} cannot be read: {_one_line(error)}") from error
     return tokenizer
 
 
@@ -222,29 +245,23 @@ def _names(config: PreTrainedConfig) -> list[str]:
     return [str(names[i]) for i in sorted(names)]
 
 
-def _teacher(recipe: Recipe, config: Any, labels: list[str]) -> str | None:
+def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> str | None:
+    """What ``from_pretrained`` takes for a teacher that is not the dense baseline: it knows the labels and the tokens."""
     if recipe.distillation is None or recipe.distillation.teacher == "dense":
         return None
-    location, _ = locate(recipe.distillation.teacher, "distillation.teacher")
-    other = load_config(location)
-    if _names(other) != labels:
+    key, name = "distillation.teacher", recipe.distillation.teacher
+    location, _ = locate(name, key)
+    if (known := _names(load_config(location, key))) != examples.labels:
         raise InputError(
-            f"distillation.teacher: {recipe.distillation.teacher} predicts {', '.join(_names(other))}, "
-            f"not {', '.join(labels)} in this order; name a teacher that was fine-tuned on the same labels"
+            f"{key}: {name} predicts {', '.join(known)}, not {', '.join(examples.labels)} in this order; "
+            "name a teacher that was fine-tuned on the same labels"
         )
-    if other.vocab_size != config.vocab_size:
-        raise InputError("distillation.teacher: it has another vocabulary than the model; name one with its tokenizer")
-    if recipe.distillation.hidden > 0 and _size(other) != _size(config):
+    theirs = recipe.task.tokenize(examples.splits["train"], load_tokenizer(location, key))
+    if any(own != other for own, other in zip(tokens["input_ids"], theirs["input_ids"], strict=True)):
         raise InputError(
-            "distillation.hidden: the teacher has another width or depth than the model, so their hidden states "
-            "cannot be compared; set distillation.hidden: 0"
+            f"{key}: {name} reads the texts as other tokens than the model; name a teacher with the model's own tokenizer"
         )
     return location
-
-
-def _size(config: PreTrainedConfig) -> tuple[int, int]:
-    """The width and the depth of a model."""
-    return config.hidden_size, getattr(config, find_family(config.model_type).depth)
 
 
 def _one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import check_gates
-from finllm_prune.pruning import BUDGETS, CRITERIA, SCHEDULES, STRUCTURES, Cubic, Rule, Schedule
+from finllm_prune.pruning import BUDGETS, CRITERIA, REGULARIZERS, SCHEDULES, STRUCTURES, Cubic, Rule, Schedule
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Recording
@@ -157,10 +157,10 @@ def parse(data: dict[str, Any]) -> Recipe:
     for name in recipe.export:
         find_format(name)
     check_gates(recipe.gates)
-    shrinks = recipe.model.keep_layers or any(rule.structure.couples == "mlp" for rule in recipe.pruning.rules)
+    shrinks = recipe.model.keep_layers or any(rule.structure.couples for rule in recipe.pruning.rules)
     if "compact" in recipe.export and not shrinks:
         raise InputError(
-            "export: no rule removes whole neurons or layers, so compact would be as large as masked; "
+            "export: no rule removes whole neurons, heads or layers, so compact would be as large as masked; "
             "drop compact from export, or add a rule with structure: neuron"
         )
     if "latency_ratio" in recipe.gates and "compact" not in recipe.export:
@@ -175,11 +175,13 @@ def _rule(data: Any, where: str) -> Rule:
         "criterion": (CRITERIA, "movement"),
         "budget": (BUDGETS, "uniform"),
     }
-    refuse_unknown(rule, ["target", "sparsity", *parts], where)
+    refuse_unknown(rule, ["target", "sparsity", "regularizer", *parts], where)
     for key in ("target", "sparsity"):
         if key not in rule:
             raise InputError(f"{where}.{key}: this key is missing")
     built = {key: _named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
+    if (penalty := rule.get("regularizer")) is not None:
+        built["regularizer"] = _named(REGULARIZERS, penalty, f"{where}.regularizer")
     sparsity = typed(float, rule["sparsity"], f"{where}.sparsity")
     return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
 
@@ -218,7 +220,7 @@ def _training(data: Any, where: str) -> dict[str, Any]:
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default filled in, as data that YAML and JSON can hold and ``Recipe.load`` can read."""
     names: dict[type, str] = {
-        cls: name for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES) for name, cls in table.items()
+        cls: name for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES, REGULARIZERS) for name, cls in table.items()
     }
 
     def plain(value: Any) -> Any:

@@ -2,28 +2,36 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import Report, compare, layer_table, measure, predict, removed, weight_bytes
 from finllm_prune.evaluation.plots import draw, draw_record
-from finllm_prune.families import find_family
+from finllm_prune.families import find_architecture
 from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
 from finllm_prune.provenance import provenance
-from finllm_prune.pruning import Pruner
+from finllm_prune.pruning import Pruner, Rule, Sensitivity
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, staged
-from finllm_prune.training import RECORD_FILE, PruningTrainer, Recorder, Teacher
+from finllm_prune.training import (
+    RECORD_FILE,
+    PruningTrainer,
+    Recorder,
+    Teacher,
+    measure_sensitivity,
+    uniform_layers,
+    with_teacher_logits,
+)
 from finllm_prune.training.trainer import complete_checkpoint
 
 
@@ -72,15 +80,24 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, l
     """The pruned model, from the dense one; with the masks final, what was recorded, and the training's log."""
     recipe, task = ready.recipe, ready.recipe.task
     student = load_model(task, str(ready.work / "dense"), ready.examples.labels)
-    family = find_family(student.config.model_type)
-    layers = recipe.model.keep_layers or list(range(len(family.layers(student))))
-    family.keep_layers(student, layers)
-    teacher = None
+    architecture = find_architecture(student.config.model_type)
+    depth = architecture.depth_of(student.config)
+    kept = recipe.model.keep_layers or list(range(depth))
+    if recipe.model.keep_layers is not None:
+        architecture.keep_layers(student, kept)
+    teacher, rows = None, ready.tokens["train"]
     if recipe.distillation is not None:
-        source = ready.teacher or str(ready.work / "dense")
-        teacher = Teacher(load_model(task, source, ready.examples.labels), recipe.distillation, layers)
-    pruner = Pruner(family.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
-    trainer = _trainer(ready, student, "prune", {}, pruner=pruner, teacher=teacher, recording=recipe.recording)
+        model = load_model(task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
+        layers = uniform_layers(kept, depth, architecture.depth_of(model.config))
+        teacher = Teacher(model, recipe.distillation, layers, getattr(student.config, "hidden_size", None))
+        if recipe.distillation.cache:
+            teacher.to(ready.arguments.device)
+            rows = with_teacher_logits(model, rows, task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
+    pruner = Pruner(architecture.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
+    measure_sensitivity(student, pruner.groups, _some_batches(ready, recipe.pruning.rules))
+    trainer = _trainer(
+        ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording
+    )
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
@@ -135,11 +152,24 @@ def _trainer(
     arguments = training_arguments(ready.recipe, ready.work, phase, changes)
     arguments.resume_from_checkpoint = complete_checkpoint(arguments.output_dir, pruned="pruner" in parts)
     metrics = ready.recipe.task.metrics
+    parts = {"train_dataset": ready.tokens["train"]} | parts
     return PruningTrainer(
-        model, arguments, description=phase, train_dataset=ready.tokens["train"], eval_dataset=ready.tokens["validation"],
+        model, arguments, description=phase, eval_dataset=ready.tokens["validation"],
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
         compute_metrics=lambda result: _scores(result, metrics), **parts,
     )  # fmt: skip
+
+
+def _some_batches(ready: Prepared, rules: Sequence[Rule]) -> Iterator[dict[str, Tensor]]:
+    """The training rows on which the rules that ask for it measure the loss."""
+    count = max((rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)), default=0)
+    rows = (
+        ready.tokens["train"].shuffle(seed=ready.arguments.seed).select(range(min(count, len(ready.tokens["train"]))))
+    )
+    collate = ready.recipe.task.collator(ready.tokenizer)
+    size = ready.arguments.per_device_train_batch_size
+    for start in range(0, len(rows), size):
+        yield collate([rows[i] for i in range(start, min(start + size, len(rows)))])
 
 
 def _scores(result: EvalPrediction, metrics: Sequence[str]) -> dict[str, float]:

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 import finllm_prune
 
 DATA = Path(finllm_prune.__file__).parent / "data" / "sentiment"
-FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert"]
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
+FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "deberta-v2", "modernbert", *DECODERS]
 LABELS = ["negative", "neutral", "positive"]
 
 torch.set_num_threads(1)
@@ -26,23 +27,34 @@ settings.register_profile("finllm_prune", deadline=None, max_examples=50)  # a b
 settings.load_profile("finllm_prune")
 
 
-def tiny_model(model_type: str = "bert", layers: int = 2, hidden: int = 32, seed: int = 0) -> PreTrainedModel:
-    """A random model of the real class: 4 heads, 64 neurons, no dropout, so that runs can be compared exactly."""
-    if model_type == "distilbert":
-        sizes = {
+def tiny_model(
+    model_type: str = "bert", layers: int = 2, hidden: int = 32, seed: int = 0, **more: object
+) -> PreTrainedModel:
+    """A random model of the real class: 4 heads (2 kv groups), 64 neurons, no dropout, so that runs can be compared exactly."""
+    sizes = {
+        "hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_size": hidden,
+    }  # fmt: skip
+    if model_type in DECODERS:
+        # A window of 4 tokens in every other block, where the architecture has such blocks.
+        sizes |= {"num_key_value_heads": 2, "head_dim": hidden // 4, "sliding_window": 4, "sliding_window_pattern": 2}
+    sizes |= {
+        "distilbert": {
             "dim": hidden, "hidden_dim": 64, "n_layers": layers, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0,
             "seq_classif_dropout": 0.0,
-        }  # fmt: skip
-    else:
-        sizes = {
-            "hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4,
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "embedding_size": hidden,
-        }  # fmt: skip
+        },
+        "albert": {"classifier_dropout_prob": 0.0},
+        "modernbert": {"local_attention": 8, "cls_token_id": 2, "sep_token_id": 3},
+        "deberta-v2": {
+            "relative_attention": True, "pos_att_type": "p2c|c2p", "share_att_key": True, "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+        },
+    }.get(model_type, {})  # fmt: skip
     torch.manual_seed(seed)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     config = AutoConfig.for_model(
-        model_type, vocab_size=300, max_position_embeddings=70, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        num_labels=3, **names, **sizes,
+        model_type, vocab_size=300, max_position_embeddings=70, bos_token_id=2, eos_token_id=3, num_labels=3, **names,
+        **({"pad_token_id": 0} | sizes | more),
     )  # fmt: skip
     return AutoModelForSequenceClassification.from_config(config)
 
@@ -71,7 +83,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     """Saves a tiny model of a type with its tokenizer and returns the folder."""
 
-    def save(model_type: str = "bert", **sizes: int) -> Path:
+    def save(model_type: str = "bert", **sizes: object) -> Path:
         folder = tmp_path / f"tiny-{model_type}"
         tiny_model(model_type, **sizes).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

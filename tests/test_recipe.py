@@ -100,6 +100,7 @@ WRONG_TYPES = [
     ("pruning.schedule.begin", "early", "pruning.schedule.begin: input should be a valid number"),
     ("pruning.schedule.updates", 1.5, "pruning.schedule.updates: input should be a valid integer"),
     ("dense", {"training": 3}, "dense.training: input should be a valid dictionary, not 3"),
+    ("distillation", {"layers": "all"}, "distillation.layers: input should be 'uniform' or 'dynamic', not 'all'"),
     ("distillation", {"alpha": "most"}, "distillation.alpha: input should be a valid number"),
     ("training", "fast", "training: keys and values are expected here"),
     ("training.learning_rate", "fast", "training.learning_rate: input should be a valid number"),
@@ -131,6 +132,10 @@ WRONG_VALUES = [
     ("pruning.schedule.updates", 0, "pruning.schedule: updates must be at least 1, not 0"),
     ("distillation", {"alpha": 1.5}, "distillation: alpha must lie in 0..1"),
     ("distillation", {"temperature": 0}, "temperature above 0"),
+    ("distillation", {"relations": -1}, "hidden and relations must not be negative"),
+    ("distillation", {"layers": "dynamic", "hidden": 0}, "distillation.layers: dynamic matches layers by their hidden"),
+    ("distillation", {"cache": True}, "distillation.cache: only logits are kept"),
+    ("distillation", {"cache": True, "hidden": 0, "relations": 1}, "set hidden: 0 and relations: 0, or cache: false"),
     ("training.output_dir", "x", "training.output_dir: this is set by output; remove the key"),
     ("training.resume_from_checkpoint", "x", "this is set by --resume; remove the key"),
     ("dense", {"training": {"push_to_hub": True}}, "dense.training.push_to_hub: this is set by"),
@@ -296,6 +301,8 @@ def test_the_resolved_recipe_is_the_same_recipe(
     name: str, distilled: bool, gates: dict[str, float],
 ) -> None:  # fmt: skip
     rule = {"target": "mlp", "structure": structure, "criterion": criterion, "budget": budget, "sparsity": sparsity}
+    if structure == "n:m":
+        rule["sparsity"] = 0.5  # the only one that 2:4 has
     data = copy.deepcopy(GOOD) | {"model": name, "export": ["masked"], "gates": gates}
     data["pruning"] = {
         "schedule": {"name": schedule, "begin": spans[0], "end": spans[1], "freeze": spans[2]},

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.plots import draw_record
+from finllm_prune.families import find_family
 from finllm_prune.pruning import (
     Criterion,
     Cubic,
@@ -35,15 +36,22 @@ from finllm_prune.training import PruningTrainer, Recorder, Recording
 from finllm_prune.training.recorder import SCHEMA
 from tests.conftest import tiny_model
 from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
-from tests.test_trainer import RULES, trainer
+from tests.test_trainer import RULES, rows, trainer
 
+SPANS = Cubic(begin=0.1, end=0.7, freeze=0.9)
 EACH_STEP = Recording(every=1 / 12)
 
 
 def recorded(
-    folder: Path, rules: list[Rule], settings: Recording = EACH_STEP, model: PreTrainedModel | None = None, **arguments: Any
+    folder: Path, rules: list[Rule], settings: Recording = EACH_STEP, model: PreTrainedModel | None = None,
+    callbacks: list[TrainerCallback] | None = None, **arguments: Any,
 ) -> tuple[PruningTrainer, Recorder]:  # fmt: skip
-    run = trainer(folder, rules, model=model, parts={"recording": settings}, **arguments)
+    model = model or tiny_model()
+    plain = trainer(folder, None, model=model, **arguments)
+    pruner = Pruner(find_family("bert").groups(model, rules), SPANS)
+    run = PruningTrainer(
+        model, plain.args, pruner=pruner, recording=settings, train_dataset=rows(), callbacks=callbacks
+    )
     assert run.recorder is not None
     return run, run.recorder
 
@@ -195,7 +203,7 @@ def test_the_last_cut_of_a_run_that_ends_early_is_recorded(tmp_path: Path) -> No
 @pytest.mark.parametrize("criterion", [Magnitude(), Movement()])
 def test_scores_are_those_of_the_whole_weights_and_reading_them_changes_nothing(criterion: Any) -> None:
     model = tiny_model(layers=1)
-    pruner = make_pruner(model, Rule("encoder", 0.6, criterion=criterion))
+    pruner = make_pruner(model, Rule("encoder", 0.6, criterion=criterion), schedule=SPANS)
     train(model, pruner, make_optimizer(model), make_batches(12), range(9))
     before, scores = pruner.state_dict(), pruner.scores()
     for group in pruner.groups:
@@ -219,9 +227,9 @@ def without_gradient() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("kind", ["neuron", "unstructured"])
-def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    run, recorder = recorded(tmp_path, RULES[kind])
+@pytest.mark.parametrize("structure", ["neuron", "unstructured"])
+def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture, structure: str) -> None:
+    run, recorder = recorded(tmp_path, [make_rule(structure, "movement", "uniform")])
     run.train()
     assert recorder.warnings == {}
     assert [record for record in caplog.records if record.name.startswith("finllm_prune")] == []

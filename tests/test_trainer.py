@@ -214,8 +214,12 @@ def test_the_distillation_loss_is_its_formula() -> None:
     target = teacher.eval()(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     p, q = (F.softmax(logits / 3.0, -1) for logits in (target.logits, outputs.logits))
     divergence = (p * (p.log() - q.log())).sum(-1).mean()
-    kept = mask.bool()
-    layers = sum(F.mse_loss(outputs.hidden_states[i][kept], target.hidden_states[i][kept]) for i in (1, 2))
+    texts = [
+        F.mse_loss(outputs.hidden_states[i][row, :length], target.hidden_states[i][row, :length])
+        for i in (1, 2)
+        for row, length in enumerate(mask.sum(1).tolist())
+    ]
+    layers = sum(texts) / len(mask)
     expected = 0.7 * 9.0 * divergence + 0.3 * F.cross_entropy(outputs.logits, inputs["labels"]) + 0.5 * layers
     torch.testing.assert_close(got, expected)
 

@@ -1,13 +1,14 @@
-"""compact: FFN neurons without effect are gone, every block has the same width. Loads with plain ``from_pretrained``.
+"""compact: what has no effect is gone, and every block has the same widths. Loads with plain ``from_pretrained``.
 
-Smaller files, and really faster on any hardware. The width is that of the widest block; narrower ones keep some zero
-neurons, so a uniform budget loses nothing. Not covered: heads (BERT-like configs have no ``head_dim``) and single zeros.
+Smaller files, and really faster on any hardware. What goes: FFN neurons; heads (kv groups) where the config has a
+``head_dim`` of its own (Llama and its kin); blocks that add nothing to the residual stream, where the norms come first. A
+width is that of the widest block, or the next one that the config can have; narrower ones keep some zero units, so a
+uniform budget loses nothing. Not covered: heads of BERT-like models, zero blocks behind a post-norm, single zeros.
 """
 
 import copy
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,36 +24,55 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def compact(model: PreTrainedModel) -> PreTrainedModel:
-    """A new model of the same class without the FFN neurons whose output weights are all zero."""
+    """A new model of the same class without the blocks, heads and FFN neurons whose output weights are all zero."""
     family = find_family(model.config.model_type)
-    kept = [_alive(model, family, block) for block in range(len(family.layers(model)))]
-    width = max(1, max(int(alive.sum()) for alive in kept))
+    model = _without_idle_blocks(model, family)
     config = copy.deepcopy(model.config)
-    setattr(config, family.width, width)
+    state = dict(model.state_dict())
+    for part in ("attention", "mlp") if family.free_heads else ("mlp",):
+        kept = [_alive(model, family, part, block) for block in range(len(family.layers(model)))]
+        units = family.resize(config, part, max(int(alive.sum()) for alive in kept))
+        for block, alive in enumerate(kept):
+            # Units without effect fill narrow blocks up; a stable sort keeps the order, so the result is deterministic.
+            index = alive.long().argsort(descending=True, stable=True)[:units].sort().values
+            for site in family.sites(model, part, block):
+                linear = _linear(model, site.path)
+                state[f"{site.path}.weight"] = _take(linear.weight, site.axis, index, site.fused, alive.numel())
+                if site.axis == 0 and linear.bias is not None:
+                    state[f"{site.path}.bias"] = _take(linear.bias, 0, index, site.fused, alive.numel())
     smaller: PreTrainedModel = type(model)(config)
     nn.Module.to(smaller, dtype=model.dtype)
-    state = dict(model.state_dict())
-    for block, alive in enumerate(kept):
-        # Neurons without effect fill narrow blocks up; a stable sort keeps the order, so the result is deterministic.
-        index = alive.long().argsort(descending=True, stable=True)[:width].sort().values
-        for site in family.sites(model, "mlp", block):
-            linear = model.get_submodule(site.path)
-            assert isinstance(linear, nn.Linear)
-            state[f"{site.path}.weight"] = _take(linear.weight, site.axis, index, site.fused)
-            if site.axis == 0 and linear.bias is not None:
-                state[f"{site.path}.bias"] = _take(linear.bias, 0, index, site.fused)
     smaller.load_state_dict(state)
     nn.Module.to(smaller, device=model.device)
     smaller.train(model.training)
     return smaller
 
 
-def _alive(model: PreTrainedModel, family: Family, block: int) -> Tensor:
-    down = model.get_submodule(family.sites(model, "mlp", block)[-1].path)
-    assert isinstance(down, nn.Linear)
-    return (down.weight != 0).any(dim=0)
+def _without_idle_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """The model itself, or a copy without the blocks that are identities; a block unlike the others stays."""
+    layers = family.layers(model)
+    keep = [block for block in range(len(layers)) if not family.idle(model, block)]
+    if len(keep) == len(layers):
+        return model
+    smaller = copy.deepcopy(model)
+    family.keep_layers(smaller, keep or [0])
+    return smaller
 
 
-def _take(tensor: Tensor, axis: int, index: Tensor, fused: int) -> Tensor:
-    parts = tensor.detach().chunk(fused, axis)
-    return torch.cat([part.index_select(axis, index) for part in parts], axis).clone()
+def _alive(model: PreTrainedModel, family: Family, part: str, block: int) -> Tensor:
+    """The units of a part that have an effect: those with an output weight that is not zero."""
+    output = family.sites(model, part, block)[-1]
+    used = (_linear(model, output.path).weight != 0).any(dim=0)
+    return used.view(output.heads, -1).any(dim=1) if part == "attention" else used
+
+
+def _linear(model: PreTrainedModel, path: str) -> nn.Linear:
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _take(tensor: Tensor, axis: int, index: Tensor, fused: int, units: int) -> Tensor:
+    """The units of that index, of each of the fused matrices."""
+    parts: Tensor = tensor.detach().unflatten(axis, (fused, units, -1))
+    return parts.index_select(axis + 1, index).flatten(axis, axis + 2)

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 import finllm_prune
 from finllm_prune.errors import InputError, ProofError
-from finllm_prune.families import find_family
+from finllm_prune.families import find_architecture
 from finllm_prune.staging import staged
 
 MANIFEST = "finllm_prune.json"
@@ -80,7 +80,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def zero_counts(model: PreTrainedModel) -> dict[str, int]:
     """Path -> number of exact zeros, for every prunable linear layer of the model."""
-    linears = find_family(model.config.model_type).linears(model)
+    linears = find_architecture(model.config.model_type).linears(model)
     return {path: int((linear.weight == 0).sum()) for path, linear in linears.items()}
 
 

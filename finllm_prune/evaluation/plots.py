@@ -106,16 +106,20 @@ def _density(layers: list[dict[str, Any]], path: Path) -> None:
     for layer in layers:
         block, matrix = _place(layer["layer"])
         blocks.setdefault(block, {})[matrix] = layer["density"]
-    names = list(next(iter(blocks.values())))
-    grid = np.array([[row[name] for name in names] for row in blocks.values()])
+    names = list(dict.fromkeys(name for row in blocks.values() for name in row))
+    grid = np.array([[row.get(name, np.nan) for name in names] for row in blocks.values()])
+    lists = {block.rpartition(".")[0] for block in blocks}
     figure, axis = plt.subplots(figsize=(7, 1.6 + 0.4 * len(grid)), layout="constrained")
     image = axis.imshow(100 * grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.set_yticks(range(len(blocks)), list(blocks))
+    axis.set_yticks(range(len(blocks)), [block.rpartition(".")[2] if len(lists) == 1 else block for block in blocks])
     axis.set(ylabel="block", title="Density: weights that are kept, %")
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
-            axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+            if not np.isnan(value):
+                axis.text(
+                    x, y, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.6 else "black"
+                )
     figure.colorbar(image, ax=axis)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -52,7 +52,7 @@ def predict(model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollat
     loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
     done = 0
     with torch.inference_mode():
-        for batch in tqdm(loader, desc="predict", leave=False):
+        for batch in tqdm(loader, desc="predict", leave=False, disable=None):
             inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
             classes = model(**inputs).logits.argmax(-1).cpu().numpy()
             out[by_length[done : done + len(classes)]] = classes

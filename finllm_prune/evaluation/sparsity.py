@@ -5,12 +5,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from finllm_prune.families import find_family
+from finllm_prune.families import find_architecture
 
 
 def layer_table(model: PreTrainedModel) -> list[dict[str, Any]]:
     """For every prunable linear layer: its path, shape and density (the part of non-zero weights)."""
-    linears = find_family(model.config.model_type).linears(model)
+    linears = find_architecture(model.config.model_type).linears(model)
     return [
         {
             "layer": path,
@@ -30,7 +30,7 @@ def removed(dense: PreTrainedModel, model: PreTrainedModel) -> dict[str, float]:
     """
 
     def encoder(m: PreTrainedModel) -> int:
-        linears = find_family(m.config.model_type).linears(m).values()
+        linears = find_architecture(m.config.model_type).linears(m).values()
         return sum(int(linear.weight.count_nonzero()) for linear in linears)
 
     def everything(m: PreTrainedModel) -> int:

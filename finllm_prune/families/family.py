@@ -1,27 +1,39 @@
 """What an architecture is, as data, and what follows from it: its prunable groups, its widths, its depth."""
 
+import contextlib
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from finllm_prune.errors import InputError
+from finllm_prune.families.architecture import Architecture, as_slot, missing, structure_name
 from finllm_prune.pruning import Group, Rule, Site, Slot
+
+TARGETS = {"attention": ("attention",), "mlp": ("mlp",), "encoder": ("attention", "mlp")}
 
 
 @dataclass(frozen=True)
 class Part:
-    """The attention or the MLP of a block: linear layers cut along their rows, then one cut along its columns."""
+    """The attention or the MLP of a block: linear layers cut along their rows, then one cut along its columns.
+
+    Args:
+        inputs: the paths of the former, from the block.
+        output: that of the latter.
+        fused: how many equal matrices are stacked in each input.
+        optional: further inputs that only some configs have.
+    """
 
     inputs: tuple[str, ...]
     output: str
     fused: int = 1
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Architecture):
     """An architecture.
 
     Args:
@@ -29,8 +41,11 @@ class Family:
         blocks: the path of the list of transformer blocks, from the base model.
         attention: its matrices, by their paths from a block.
         mlp: likewise.
-        heads, width, depth: the names that the config gives to the number of attention heads, the FFN width and the
-            number of blocks.
+        heads, width, depth: the names that the config gives to the number of attention heads (of kv groups under GQA), the
+            FFN width and the number of blocks.
+        free_heads: whether a config with ``head_dim`` may have fewer heads than fill the hidden width.
+        pre_norm: whether a block whose output matrices are zero is an identity.
+        shared: whether several blocks share one set of weights.
     """
 
     model_type: str
@@ -40,6 +55,9 @@ class Family:
     heads: str = "num_attention_heads"
     width: str = "intermediate_size"
     depth: str = "num_hidden_layers"
+    free_heads: bool = False
+    pre_norm: bool = False
+    shared: bool = False
 
     def root(self, model: PreTrainedModel) -> str:
         """The path of the list of blocks, from the model's root."""
@@ -52,74 +70,159 @@ class Family:
         return layers
 
     def sites(self, model: PreTrainedModel, part: str, block: int) -> list[Site]:
-        """The matrices of one part ("attention" or "mlp") of one block."""
+        """The matrices of one part ("attention" or "mlp") of one block; the last one is cut along its columns."""
         declared: Part = getattr(self, part)
         heads = getattr(model.config, self.heads) if part == "attention" else 1
-        prefix = f"{self.root(model)}.{block}"
-        cut_rows = [Site(f"{prefix}.{path}", 0, declared.fused, heads) for path in declared.inputs]
-        return [*cut_rows, Site(f"{prefix}.{declared.output}", 1, 1, heads)]
+        layers, prefix = self.layers(model), f"{self.root(model)}.{block}"
+        names = {name for name, _ in layers[block].named_modules()}
+        inputs = (*declared.inputs, *(path for path in declared.optional if path in names))
+        output = Site(f"{prefix}.{declared.output}", 1, 1, heads, block, len(layers))
+        return [*(replace(output, path=f"{prefix}.{path}", axis=0, fused=declared.fused) for path in inputs), output]
 
-    def groups(self, model: PreTrainedModel, rules: list[Rule]) -> list[Group]:
-        """The rules, resolved on a model."""
-        return [group for rule in rules for group in self._groups(model, rule)]
-
-    def linears(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
-        """Path -> every prunable linear layer: the denominator "encoder"."""
+    def linears(self, model: PreTrainedModel) -> dict[str, nn.Linear]:  # type: ignore[override]
         sites = [
             site
             for block in range(len(self.layers(model)))
-            for part in ("attention", "mlp")
+            for part in TARGETS["encoder"]
             for site in self.sites(model, part, block)
         ]
         return {site.path: _linear(model, site.path) for site in sites}
 
-    def keep_layers(self, model: PreTrainedModel, keep: list[int]) -> None:
-        """Drop whole blocks, so that a plain smaller model of the same class is left."""
+    def keep_layers(self, model: PreTrainedModel, keep: list[int]) -> None:  # type: ignore[override]
         layers = self.layers(model)
+        if self.shared:
+            raise InputError(
+                f"model.keep_layers: the blocks of {self.model_type} share one set of weights, so none can be dropped; "
+                "leave the key out"
+            )
         if not keep or sorted(set(keep)) != keep or keep[0] < 0 or keep[-1] >= len(layers):
             raise InputError(
                 f"model.keep_layers: {keep} must name blocks of this model, ascending and without repeats: "
                 f"0 to {len(layers) - 1}"
             )
+        for new, old in enumerate(keep):
+            if parameter_names(layers[new]) != parameter_names(layers[old]):
+                raise InputError(
+                    f"model.keep_layers: block {new} of this model is built unlike block {old}, which cannot take its "
+                    f"place; keep block {new} too"
+                )
         parent, _, name = self.root(model).rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in keep))
+        kept = nn.ModuleList(layers[i] for i in keep)
+        setattr(model.get_submodule(parent), name, kept)
         setattr(model.config, self.depth, len(keep))
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = [model.config.layer_types[i] for i in keep]
+        for index, layer in enumerate(kept):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index  # type: ignore[assignment]  # the place of its keys and values in a cache
 
-    def _groups(self, model: PreTrainedModel, rule: Rule) -> list[Group]:
-        parts = {"attention": ["attention"], "mlp": ["mlp"], "encoder": ["attention", "mlp"]}.get(rule.target)
-        name, couples = type(rule.structure).__name__.lower(), rule.structure.couples
-        if parts is None:
-            raise InputError(f"pruning.rules: unknown target '{rule.target}'; use attention, mlp or encoder")
-        if couples and parts != [couples]:
-            raise InputError(
-                f"pruning.rules: structure {name} exists in target {couples} only, not in {rule.target}; "
-                f"set target: {couples}, or use unstructured or block"
-            )
-        groups = []
-        for block in range(len(self.layers(model))):
-            for part in parts:
-                sites = self.sites(model, part, block)
-                if couples:
-                    slots = [slot for site in sites for slot in _slots(model, site, with_bias=True)]
-                    groups.append(Group(f"{self.root(model)}.{block}.{part}", rule, slots))
-                else:
-                    groups += [Group(site.path, rule, _slots(model, site, with_bias=False)) for site in sites]
+    def idle(self, model: PreTrainedModel, block: int) -> bool:
+        """Whether a block is an identity, and another one can take its place."""
+        layers = self.layers(model)
+        outputs = [_linear(model, self.sites(model, part, block)[-1].path) for part in TARGETS["encoder"]]
+        return (
+            self.pre_norm
+            and parameter_names(layers[block]) == parameter_names(layers[-1])
+            and not any(bool(parameter.any()) for output in outputs for parameter in output.parameters())
+        )
+
+    def depth_of(self, config: PreTrainedConfig) -> int:
+        depth: int = getattr(config, self.depth)
+        return depth
+
+    def can_shrink(self, rule: Rule) -> bool:
+        return {
+            "mlp": True,
+            "attention": self.free_heads,
+            "encoder": self.pre_norm and rule.target == "encoder",
+        }.get(rule.structure.couples or "", False)
+
+    def resize(self, config: PreTrainedConfig, part: str, units: int) -> int:
+        """Give a config that many neurons ("mlp") or heads or kv groups ("attention"), or the next number that it can have.
+
+        Returns:
+            The number that it has now.
+        """
+        if part == "mlp":
+            setattr(config, self.width, max(1, units))
+            return max(1, units)
+        groups: int = getattr(config, self.heads)
+        per_group = config.num_attention_heads // groups
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for count in range(max(1, units), groups + 1):
+            config.num_attention_heads = count * per_group
+            setattr(config, self.heads, count)
+            # Some configs ask that the number of heads divides the hidden width, though no weight depends on it.
+            with contextlib.suppress(ValueError):
+                config.validate_architecture()
+                return count
         return groups
+
+    def _resolve(self, model: PreTrainedModel, rule: Rule) -> list[Group]:  # type: ignore[override]
+        couples, root = rule.structure.couples, self.root(model)
+        self._refuse_misfit(rule)
+        if rule.target not in TARGETS:
+            return self._by_pattern(model, rule, "use attention, mlp or encoder, or")
+        groups, whole = [], []
+        for block in range(len(self.layers(model))):
+            for part in TARGETS[rule.target]:
+                sites = self.sites(model, part, block)
+                if couples is None:
+                    groups += [Group(site.path, rule, _slots(model, site)) for site in sites]
+                    continue
+                slots = [
+                    slot for site in sites for slot in _slots(model, site, biases=couples == "encoder" or not site.axis)
+                ]
+                if couples == part:
+                    groups.append(Group(f"{root}.{block}.{part}", rule, slots))
+                whole += slots
+        if couples == "encoder":
+            groups = [Group(root if rule.target == "encoder" else f"{root}.{rule.target}", rule, whole)]
+        for group in groups:
+            if group.mask.numel() < 2:
+                raise InputError(
+                    f"pruning.rules: {group.name} is a single unit of structure {structure_name(rule)}, and one always "
+                    "stays; use another structure there"
+                )
+        return groups
+
+    def _refuse_misfit(self, rule: Rule) -> None:
+        couples = rule.structure.couples
+        admitted = {None: [rule.target], "encoder": list(TARGETS)}.get(couples, [str(couples)])
+        if rule.target not in admitted:
+            raise InputError(
+                f"pruning.rules: structure {structure_name(rule)} exists in target {', '.join(admitted)} only, not in "
+                f"{rule.target}; set target: {admitted[0]}, or use unstructured, n:m or block"
+            )
+        if couples == "encoder" and self.shared:
+            raise InputError(
+                f"pruning.rules: the blocks of {self.model_type} share one set of weights, so structure layer cannot cut "
+                "one of them; use neuron, head or unstructured"
+            )
 
 
 def find_family(model_type: str) -> Family:
     """The family of a ``config.model_type``; an unknown one is an error that names the file to write."""
-    name = model_type.replace("-", "_")
-    try:
-        module = importlib.import_module(f"finllm_prune.families.{name}")
-        family = module.FAMILY
-    except (ModuleNotFoundError, AttributeError):
-        raise InputError(
-            f"model: no family is known for model_type '{model_type}'; declare its layer names in "
-            f"finllm_prune/families/{name}.py (bert.py there is a model to follow)"
-        ) from None
-    assert isinstance(family, Family)
+    family = find_architecture(model_type)
+    if not isinstance(family, Family):
+        raise InputError(f"model: {missing(model_type)}")
     return family
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """The family of a ``config.model_type``, or what any model admits where none is declared."""
+    try:
+        module = importlib.import_module(f"finllm_prune.families.{model_type.replace('-', '_')}")
+    except ModuleNotFoundError:
+        return Architecture()
+    family: Architecture = getattr(module, "FAMILY", Architecture())
+    return family
+
+
+def parameter_names(block: nn.Module) -> set[str]:
+    """What a block consists of."""
+    return {name for name, _ in block.named_parameters()}
 
 
 def _linear(model: PreTrainedModel, path: str) -> nn.Linear:
@@ -129,14 +232,9 @@ def _linear(model: PreTrainedModel, path: str) -> nn.Linear:
     return module
 
 
-def _slots(model: PreTrainedModel, site: Site, with_bias: bool) -> list[Slot]:
+def _slots(model: PreTrainedModel, site: Site, biases: bool = False) -> list[Slot]:
     linear = _linear(model, site.path)
-    slots = [_slot(linear.weight, f"{site.path}.weight", site)]
-    if with_bias and site.axis == 0 and linear.bias is not None:
-        slots.append(_slot(linear.bias, f"{site.path}.bias", site))
+    slots = [as_slot(linear.weight, f"{site.path}.weight", site)]
+    if biases and linear.bias is not None:
+        slots.append(as_slot(linear.bias, f"{site.path}.bias", site))
     return slots
-
-
-def _slot(parameter: Tensor, name: str, site: Site) -> Slot:
-    assert isinstance(parameter, nn.Parameter)
-    return Slot(name, parameter, site)

@@ -1,15 +1,30 @@
 """Pruning itself: torch only; no transformers, no files."""
 
-from finllm_prune.pruning.budgets import BUDGETS, Budget, Global, Uniform
-from finllm_prune.pruning.criteria import CRITERIA, Criterion, Magnitude, Movement, Random, SoftMovement
+from finllm_prune.pruning.budgets import BUDGETS, Budget, Global, Sensitivity, Uniform
+from finllm_prune.pruning.criteria import (
+    CRITERIA,
+    Criterion,
+    Gradient,
+    Magnitude,
+    Movement,
+    Platon,
+    Random,
+    ScoreMovement,
+    SecondOrder,
+    SoftMovement,
+    Taylor,
+    Variance,
+)
 from finllm_prune.pruning.groups import Group, Rule, Slot
 from finllm_prune.pruning.pruner import Pruner, refuse_overlap
-from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Linear, Schedule
-from finllm_prune.pruning.structures import STRUCTURES, Block, Head, Neuron, Site, Structure, Unstructured
+from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
+from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
+from finllm_prune.pruning.structures import NM, STRUCTURES, Block, Head, Layer, Neuron, Site, Structure, Unstructured
 
 __all__ = [
-    "BUDGETS", "CRITERIA", "SCHEDULES", "STRUCTURES",
-    "Block", "Budget", "Constant", "Criterion", "Cubic", "Global", "Group", "Head", "Linear", "Magnitude", "Movement",
-    "Neuron", "Pruner", "Random", "Rule", "Schedule", "Site", "Slot", "SoftMovement", "Structure", "Uniform", "Unstructured",
-    "refuse_overlap",
+    "BUDGETS", "CRITERIA", "L1", "L2", "NM", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
+    "Block", "Budget", "Constant", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient", "Group", "GroupLasso",
+    "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "Platon", "Pruner", "Random", "Regularizer", "Rule",
+    "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement", "Structure", "Taylor",
+    "Uniform", "Unstructured", "Variance", "refuse_overlap",
 ]  # fmt: skip

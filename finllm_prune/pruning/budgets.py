@@ -1,10 +1,13 @@
 """How a budget is shared among the matrices of a rule, and the search for the score threshold that meets it."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from finllm_prune.errors import InputError
 
 _BINS = 4096
 _FEW = 1 << 17
@@ -85,37 +88,97 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """Each grid keeps the same fraction of its units: equal widths, so that a compact model has one plain config."""
+    """Each grid keeps the same fraction of its units: equal widths, so that a compact model has one plain config.
+
+    Args:
+        multiple: kept widths are the nearest multiple of it (8, 16, 64: what matrix kernels like), at least one of them.
+    """
+
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise InputError(f"budget uniform: multiple must be at least 1, not {self.multiple}")
 
     def share(self, scores: list[Tensor], density: float) -> list[Tensor]:
-        return [select([s], max(1, round(density * s.numel())))[0] for s in scores]
+        return [select([s], self._width(density, s.numel()))[0] for s in scores]
+
+    def _width(self, density: float, units: int) -> int:
+        width = round(density * units / self.multiple) * self.multiple
+        return min(units, max(self.multiple, width))
 
 
 @dataclass(frozen=True)
 class Global:
-    """One threshold over all grids of the rule; the best unit of each grid is always kept."""
+    """One threshold over all grids of the rule; the best unit of each grid is always kept.
+
+    Args:
+        floor: each grid keeps at least this fraction of its units.
+        ceiling: and at most this fraction, as far as the rule's sparsity asks for cuts at all.
+    """
+
+    floor: float = 0.0
+    ceiling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < self.ceiling <= 1:
+            raise InputError(
+                f"budget global: it must hold that 0 <= floor < ceiling <= 1; got {self.floor} and {self.ceiling}"
+            )
 
     def share(self, scores: list[Tensor], density: float) -> list[Tensor]:
-        keep = max(len(scores), round(density * sum(s.numel() for s in scores)))
+        least = [max(1, math.ceil(self.floor * s.numel())) for s in scores]
+        most = [max(low, math.floor(self.ceiling * s.numel())) for low, s in zip(least, scores, strict=True)]
+        keep = max(sum(least), round(density * sum(s.numel() for s in scores)))
         masks = select(scores, keep)
-        if all(bool(mask.any()) for mask in masks):
+        kept = [int(mask.sum()) for mask in masks]
+        if all(low <= k <= high for low, k, high in zip(least, kept, most, strict=True)):
             return masks
-        # A grid would be emptied: its best unit, and that of every grid, leaves the contest for the rest.
-        best = [int(s.argmax()) for s in scores]
+        # Every grid's best units, up to the floor, come before all others; those beyond the ceiling after all others.
         bounds = [torch.aminmax(s) for s in scores]
-        lowest, highest = min(float(b.min) for b in bounds), max(float(b.max) for b in bounds)
+        span = 1.0 + max(float(b.max) for b in bounds) - min(float(b.min) for b in bounds)
         contest = [
-            s.flatten().index_fill(0, torch.tensor([i], device=s.device), 2 * lowest - highest - 1)
-            for s, i in zip(scores, best, strict=True)
+            s + 2.0 * span * (select([s], low)[0].float() - (~select([s], high)[0]).float())
+            for s, low, high in zip(scores, least, most, strict=True)
         ]
-        masks = (
-            select(contest, keep - len(scores))
-            if keep > len(scores)
-            else [torch.zeros_like(s, dtype=torch.bool) for s in contest]
-        )
-        for mask, i in zip(masks, best, strict=True):
-            mask[i] = True
-        return [mask.view(s.shape) for mask, s in zip(masks, scores, strict=True)]
+        return select(contest, keep)
 
 
-BUDGETS: dict[str, type[Budget]] = {"uniform": Uniform, "global": Global}
+@dataclass(frozen=True)
+class Sensitivity:
+    """Each grid keeps what a dry pass, before training, shows that the loss needs (``finllm_prune.pruning.sensitivity``).
+
+    Args:
+        levels: the sparsities at which each grid is tried alone, ascending, between 0 and 1.
+        rows: training rows on which the loss is measured.
+        densities: the outcome, one per grid, at the rule's final sparsity; the run fills it in.
+    """
+
+    levels: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
+    rows: int = 128
+    densities: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip((0.0, *self.levels), (*self.levels, 1.0), strict=True))
+        if not (self.levels and rising) or self.rows < 1:
+            raise InputError(
+                "budget sensitivity: levels must ascend between 0 and 1 and rows be at least 1; "
+                f"got {list(self.levels)} and {self.rows}"
+            )
+
+    def share(self, scores: list[Tensor], density: float) -> list[Tensor]:
+        if len(self.densities) != len(scores):
+            raise InputError(
+                f"budget sensitivity: {len(self.densities)} densities for {len(scores)} matrices; "
+                "measure them with finllm_prune.training.measure_sensitivity, as a run does, or use budget: global"
+            )
+        sizes = [s.numel() for s in scores]
+        final = sum(n * d for n, d in zip(sizes, self.densities, strict=True)) / sum(sizes)
+        part = (1.0 - density) / (1.0 - final)
+        return [
+            select([s], min(n, max(1, round(n * (1.0 - part * (1.0 - own))))))[0]
+            for s, n, own in zip(scores, sizes, self.densities, strict=True)
+        ]
+
+
+BUDGETS: dict[str, type[Budget]] = {"uniform": Uniform, "global": Global, "sensitivity": Sensitivity}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Budget, Uniform
 from finllm_prune.pruning.criteria import Criterion, Movement
+from finllm_prune.pruning.regularizers import Regularizer
 from finllm_prune.pruning.structures import Site, Structure, Unstructured
 
 
@@ -17,11 +18,12 @@ class Rule:
     """One line of ``pruning.rules``: what is cut, in which units, who survives, and how much is cut.
 
     Args:
-        target: "attention", "mlp" or "encoder" (both).
+        target: "attention", "mlp" or "encoder" (both), or a pattern of module paths (``families.Architecture``).
         sparsity: the part of the target's units that is cut at the end, 0 < sparsity < 1.
         structure: what is cut together.
         criterion: who survives.
         budget: how the sparsity is shared among the target's matrices.
+        regularizer: a penalty on the target's weights while the sparsity grows.
     """
 
     target: str
@@ -29,10 +31,12 @@ class Rule:
     structure: Structure = field(default_factory=Unstructured)
     criterion: Criterion = field(default_factory=Movement)
     budget: Budget = field(default_factory=Uniform)
+    regularizer: Regularizer | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise InputError(f"pruning.rules: sparsity must lie between 0 and 1 (exclusive), not {self.sparsity}")
+        self.structure.check(self.sparsity)
 
 
 class Slot:
@@ -44,6 +48,7 @@ class Slot:
         self.site = site
         self.parked: Tensor | None = None
         self.pruned: Tensor | None = None
+        self.origin: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -72,6 +77,7 @@ class Group:
             raise InputError(f"{name}: its matrices do not share one unit grid ({sorted(map(tuple, shapes))})")
         self.mask = torch.ones(shapes.pop(), dtype=torch.bool, device=slots[0].parameter.device)
         self.cut = False
+        rule.criterion.check(self)
 
     def sum(self, value: Callable[[Slot], Tensor]) -> Tensor:
         """A weight-shaped value per slot, summed per unit over the whole group."""
@@ -95,8 +101,11 @@ class Group:
                 slot.weight.add_(slot.parked)
 
     def clear_gradients(self) -> None:
+        """The optimizer sees no gradient of what is cut, and none at all (so no decay either) of frozen weights."""
         for slot in self.slots:
-            if slot.pruned is not None and (gradient := slot.gradient) is not None:
+            if not self.rule.criterion.trains_weights:
+                slot.parameter.grad = None
+            elif slot.pruned is not None and (gradient := slot.gradient) is not None:
                 gradient.masked_fill_(slot.pruned, 0)
 
     def park(self) -> None:
@@ -110,6 +119,18 @@ class Group:
             slot.parked.copy_(slot.weight)
             slot.weight.masked_fill_(slot.pruned, 0)
             slot.parked.sub_(slot.weight)
+
+    def remember(self) -> None:
+        """Keep the whole weights of now, the first time, for a later ``rewind``."""
+        for slot in self.slots:
+            slot.origin = slot.weight.clone() if slot.origin is None else slot.origin
+
+    def rewind(self) -> None:
+        """Whole weights as they were when they were remembered."""
+        for slot in self.slots:
+            if slot.origin is not None:
+                slot.weight.copy_(slot.origin)
+                slot.origin = None
 
     def zero(self) -> None:
         """Write the cut weights as zeros and forget their values: no unit comes back after the masks are frozen."""

@@ -28,6 +28,8 @@ from finllm_prune.pruning.schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
+_KEPT = ("parked", "origin")  # weight-shaped tensors that a slot may hold beside its parameter
+
 
 class Pruner:
     """Carries rules out on a plain model.
@@ -72,8 +74,13 @@ class Pruner:
     def after_step(self) -> None:
         """After ``optimizer.step()``: new masks if they are due, and exact zeros where the masks say so."""
         before, self.progress = self._step.before, self._step.now
-        if not self.frozen and self.schedule.due(before, self.progress):
-            self._choose(final=self.progress >= self.schedule.freeze)
+        if not self.frozen:
+            self._regularize(self.progress - before)
+            if self.schedule.rewind and self.progress >= self.schedule.begin:
+                for group in self.groups:
+                    group.remember()
+            if self.schedule.due(before, self.progress):
+                self._choose(final=self.progress >= self.schedule.freeze)
         for group in self.groups:
             if self.frozen:
                 group.zero()
@@ -139,8 +146,7 @@ class Pruner:
             for key, tensor in self._states[group.name].items():
                 state[f"{group.name}/state/{key}"] = tensor
             for slot in group.slots:
-                if slot.parked is not None:
-                    state[f"{slot.name}/parked"] = slot.parked
+                state |= {f"{slot.name}/{key}": kept for key in _KEPT if (kept := getattr(slot, key)) is not None}
         return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
 
     @torch.no_grad()
@@ -172,8 +178,9 @@ class Pruner:
                 if key.startswith(prefix)
             }
             for slot in group.slots:
-                parked = state.get(f"{slot.name}/parked")
-                slot.parked = None if parked is None else parked.to(device, copy=True)
+                for key in _KEPT:
+                    kept = state.get(f"{slot.name}/{key}")
+                    setattr(slot, key, None if kept is None else kept.to(device, copy=True))
 
     def holds(self) -> bool:
         """Whether every cut weight of the model is an exact zero."""
@@ -191,7 +198,9 @@ class Pruner:
         for group in self.groups:
             group.set_mask(group.mask.to(device))
             for slot in group.slots:
-                slot.parked = None if slot.parked is None else slot.parked.to(device)
+                for key in _KEPT:
+                    kept = getattr(slot, key)
+                    setattr(slot, key, None if kept is None else kept.to(device))
 
     def _bad_gradients(self) -> Tensor:
         """1.0 where a gradient is not finite, without a host sync: fp16 skips such a step, and so must the scores."""
@@ -209,25 +218,36 @@ class Pruner:
             rules.setdefault(id(group.rule), (group.rule, []))[1].append(group)
         return rules
 
+    def _regularize(self, part: float) -> None:
+        """The proximal step of a rule's penalty on whole weights, over the given part of the run."""
+        pull = (1.0 - self._step.skip) * part * self.schedule.fraction(self.progress)
+        for group in self.groups:
+            if (regularizer := group.rule.regularizer) is not None:
+                regularizer.shrink(group, pull * regularizer.strength)
+
     def _choose(self, final: bool) -> None:
         fraction = 1.0 if final else self.schedule.fraction(self.progress)
         for rule, groups in self._rules().values():
             density = 1.0 - fraction * rule.sparsity
             states = [self._states[group.name] for group in groups]
-            scores = [rule.criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
+            criterion = rule.criterion
+            scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
             if any(bool(score.max() == score.min()) and score.numel() > 1 for score in scores):
                 self._no_order(rule, final)
                 continue
-            cutoff = None if final else rule.criterion.cutoff(fraction)
+            cutoff = None if final else criterion.cutoff(fraction)
             if cutoff is None:
-                masks = rule.budget.share(scores, density)
+                masks = rule.budget.share([rule.structure.rank(score) for score in scores], density)
             else:
                 masks = [_above(score, cutoff) for score in scores]
                 units = sum(mask.numel() for mask in masks)
-                rule.criterion.steer(states, sum(int(mask.sum()) for mask in masks) / units - density)
-            for group, mask in zip(groups, masks, strict=True):
+                criterion.steer(states, sum(int(mask.sum()) for mask in masks) / units - density)
+            for group, state, mask in zip(groups, states, masks, strict=True):
+                criterion.compensate(group, state, group.mask & ~mask)
                 group.set_mask(mask)
         if final:
+            for group in self.groups:
+                group.rewind()
             self.frozen = True
             self._states = {name: {} for name in self._states}
 

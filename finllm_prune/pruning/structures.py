@@ -5,8 +5,9 @@
 mask over units, whatever the structure.
 """
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,38 +24,48 @@ class Site:
         axis: 0 cuts rows (outputs, together with their bias), 1 cuts columns (inputs).
         fused: how many equal matrices are stacked along ``axis`` (3 for a fused QKV, 2 for a fused gate and up).
         heads: how many heads (kv groups under GQA) lie along ``axis`` of each of them.
+        index: the number of the transformer block that it lies in.
+        blocks: how many such blocks the model has.
     """
 
     path: str
     axis: int = 0
     fused: int = 1
     heads: int = 1
+    index: int = 0
+    blocks: int = 1
 
 
-class Structure(Protocol):
-    """A way to cut a weight of shape ``(out, in)`` into units."""
+class Structure:
+    """A way to cut a weight of shape ``(out, in)`` into units; the base of all structures."""
 
-    couples: ClassVar[str | None]
-    """The part of a transformer block whose matrices share one grid ("mlp", "attention"); None cuts each matrix alone."""
+    couples: ClassVar[str | None] = None
+    """What shares one grid: the matrices of one "mlp" or one "attention", or those of the whole "encoder"; None cuts each
+    matrix alone."""
 
     def units(self, weight: Tensor, site: Site) -> torch.Size:
         """The shape of the unit grid; raises InputError where the structure does not fit the weight."""
-        ...
+        raise NotImplementedError
 
     def expand(self, units: Tensor, weight: Tensor, site: Site) -> Tensor:
         """Unit grid -> the weight's shape (a view where the structure allows one)."""
-        ...
+        raise NotImplementedError
 
     def reduce(self, tensor: Tensor, site: Site) -> Tensor:
         """Weight shape -> unit grid, by sums: the adjoint of ``expand``."""
-        ...
+        raise NotImplementedError
+
+    def rank(self, scores: Tensor) -> Tensor:
+        """Scores as a budget should see them (fp32, of the grid's shape), where the structure binds units to each other."""
+        return scores
+
+    def check(self, sparsity: float) -> None:
+        """Raise InputError where the structure cannot reach a rule's final sparsity."""
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Structure):
     """Each weight is a unit. Smaller files when packed; no runtime that transformers offers is faster for it."""
-
-    couples: ClassVar[str | None] = None
 
     def units(self, weight: Tensor, site: Site) -> torch.Size:
         return weight.shape
@@ -67,10 +78,55 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class Block:
+class NM(Structure):
+    """``n`` of every ``m`` consecutive weights along the input axis stay (Mishra et al. 2021, https://arxiv.org/abs/2104.08378).
+
+    2:4 is what the sparse tensor cores of NVIDIA GPUs can run. On the way to the final sparsity any weight outside the best
+    ``n`` of its ``m`` may be cut; at ``1 - n / m`` exactly those are.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise InputError(f"structure n:m: it must hold that 1 <= n < m, not n={self.n} and m={self.m}")
+
+    def units(self, weight: Tensor, site: Site) -> torch.Size:
+        if weight.shape[1] % self.m:
+            raise InputError(
+                f"structure n:m: m={self.m} does not divide the {weight.shape[1]} inputs of {site.path}; "
+                "choose an m that does, or another structure there"
+            )
+        return weight.shape
+
+    def expand(self, units: Tensor, weight: Tensor, site: Site) -> Tensor:
+        return units
+
+    def reduce(self, tensor: Tensor, site: Site) -> Tensor:
+        return tensor
+
+    def rank(self, scores: Tensor) -> Tensor:
+        """The best ``n`` of every ``m`` (ties: the lower index) above all others of any matrix, each side in its order.
+
+        All scores are squeezed into -1..1 first, so that one number lifts the best above the others of every grid.
+        """
+        place = scores.reshape(-1, self.m).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        best = (place < self.n).view(scores.shape)
+        return scores / (1.0 + scores.abs()) + 4.0 * best
+
+    def check(self, sparsity: float) -> None:
+        due = 1.0 - self.n / self.m
+        if not math.isclose(sparsity, due, abs_tol=1e-9):
+            raise InputError(
+                f"structure n:m: {self.n} of every {self.m} weights stay, so set sparsity: {due:.12g}, not {sparsity}"
+            )
+
+
+@dataclass(frozen=True)
+class Block(Structure):
     """Tiles of ``rows`` x ``cols`` weights (Lagunas et al. 2021, https://arxiv.org/abs/2109.04838)."""
 
-    couples: ClassVar[str | None] = None
     rows: int = 32
     cols: int = 32
 
@@ -96,7 +152,7 @@ class Block:
         return tensor.reshape(out // self.rows, self.rows, inn // self.cols, self.cols).sum((1, 3))
 
 
-class _Slices:
+class _Slices(Structure):
     """Units that are whole slices of a matrix along ``site.axis``: the shared arithmetic of neurons and heads."""
 
     def count(self, weight: Tensor, site: Site) -> int:
@@ -142,9 +198,33 @@ class Head(_Slices):
         return site.heads
 
 
+@dataclass(frozen=True)
+class Layer(Structure):
+    """Whole layers: every matrix and bias of a block (target encoder), or of its attention or MLP, is one unit.
+
+    A cut sub-layer adds nothing to the residual stream: where the norms come before it (Llama, ModernBERT) it is as if it
+    were not there; behind a post-norm (BERT) the norm stays.
+    """
+
+    couples: ClassVar[str | None] = "encoder"
+
+    def units(self, weight: Tensor, site: Site) -> torch.Size:
+        return torch.Size((site.blocks,))
+
+    def expand(self, units: Tensor, weight: Tensor, site: Site) -> Tensor:
+        return units[site.index].expand(weight.shape)
+
+    def reduce(self, tensor: Tensor, site: Site) -> Tensor:
+        totals = tensor.new_zeros(site.blocks)
+        totals[site.index] = tensor.sum()
+        return totals
+
+
 STRUCTURES: dict[str, type[Structure]] = {
     "unstructured": Unstructured,
+    "n:m": NM,
     "block": Block,
     "neuron": Neuron,
     "head": Head,
+    "layer": Layer,
 }

@@ -1,7 +1,8 @@
-"""What the pruned student learns from a dense teacher: its logits, and its hidden states layer by layer."""
+"""What the pruned student learns from a dense teacher: its logits, its hidden states, and how its tokens relate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,32 +10,62 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
+from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence
+from finllm_prune.training.projection import Projection
+from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * task loss + hidden * sum of layer losses``.
+    """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * task loss + hidden * H + relations * R``.
 
-    Logits after Hinton et al. 2015 (https://arxiv.org/abs/1503.02531), hidden states by a mean squared error over the
-    tokens that are not padding. At 90 % sparsity the hidden states are what keeps movement pruning from collapsing.
+    Logits after Hinton et al. 2015 (https://arxiv.org/abs/1503.02531). H is the sum, over pairs of a student's and a
+    teacher's layer, of ``hidden_error``; R is the sum, over the same pairs, of ``relation_divergence``. At 90 % sparsity
+    the hidden states are what keeps movement pruning from collapsing.
 
     Args:
-        teacher: ``dense``, the baseline of this run, or a local path or Hub id of another fine-tuned model.
+        teacher: ``dense``, the baseline of this run, or a local path or Hub id of another fine-tuned model, which may be
+            wider and deeper; its tokenizer must be the model's.
         alpha: the weight of the teacher's logits against the labels, 0..1.
         temperature: softens both distributions; above 0.
-        hidden: the weight of the hidden states; 0 leaves them out.
+        hidden: the weight of the hidden states; 0 leaves them out. A teacher of another width is compared through a
+            ``Projection`` that is trained along.
+        layers: ``uniform`` pairs each layer of the student with the teacher's at the same relative height (its own, where
+            both have the same depth). ``dynamic`` is the matching of CoFi (Xia et al. 2022,
+            https://arxiv.org/abs/2204.00408): every third layer of these, from the last one down, is paired in each batch
+            with the layer of the student that is nearest to it, and a lower one with a lower one. CoFi goes greedily from
+            the top; here the pairs of the smallest sum are taken.
+        relations: the weight of the relations between tokens; it needs no projection. 0 leaves them out.
+        cache: let the teacher run over the training rows once and keep its logits on disk; for logits alone.
     """
 
     teacher: str = "dense"
     alpha: float = 0.9
     temperature: float = 2.0
-    hidden: float = 1.0
+    hidden: float = 10.0
+    layers: Literal["uniform", "dynamic"] = "uniform"
+    relations: float = 0.0
+    cache: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1 or self.temperature <= 0 or self.hidden < 0:
+        if not 0 <= self.alpha <= 1 or self.temperature <= 0 or self.hidden < 0 or self.relations < 0:
             raise InputError(
-                "distillation: alpha must lie in 0..1, temperature above 0 and hidden must not be negative"
+                "distillation: alpha must lie in 0..1, temperature above 0, and hidden and relations must not be negative"
             )
+        if self.layers == "dynamic" and self.hidden == 0:
+            raise InputError(
+                "distillation.layers: dynamic matches layers by their hidden states; set hidden above 0, or layers: uniform"
+            )
+        if self.cache and self.compares_layers:
+            raise InputError(
+                "distillation.cache: only logits are kept, hidden states are too large; set hidden: 0 and relations: 0, "
+                "or cache: false"
+            )
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether the loss needs hidden states of student and teacher."""
+        return self.hidden > 0 or self.relations > 0
 
 
 class Teacher:
@@ -43,43 +74,78 @@ class Teacher:
     Args:
         model: the fine-tuned dense model; put into eval mode.
         settings: the weights of the parts.
-        layers: for each block of the student, the block of the teacher that it imitates.
+        layers: for each block of the student, the block of the teacher that it imitates; see ``uniform_layers``.
+        width: of the student's hidden states; None says that it is the teacher's.
+
+    Attributes:
+        projection: from the student's width to the teacher's; None where both are equal or nothing needs it. Whoever
+            trains the student trains its parameters too, as PruningTrainer does.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Distillation, layers: Sequence[int]):
+    def __init__(self, model: PreTrainedModel, settings: Distillation, layers: Sequence[int], width: int | None = None):
         self.model = model.eval().requires_grad_(False)
         self.settings = settings
         self.layers = list(layers)
+        own = model.config.hidden_size
+        widths_differ = settings.hidden > 0 and width not in (None, own)
+        self.projection = Projection(width, own) if widths_differ and width is not None else None
 
-    def loss(self, outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    def to(self, device: torch.device) -> None:
+        """Move the model and the projection."""
+        torch.nn.Module.to(self.model, device=device)
+        if self.projection is not None:
+            self.projection.to(device)
+
+    def loss(self, outputs: dict[str, Any], inputs: dict[str, Tensor]) -> Tensor:
         """The whole training loss.
 
         Args:
             outputs: of the student: ``loss`` (of the task), ``logits`` (batch, classes), and ``hidden_states`` (a tuple
-                of (batch, tokens, width), embeddings first) if ``settings.hidden`` is above 0.
-            inputs: the batch, on the student's device, labels included.
+                of (batch, tokens, width), embeddings first) if ``settings.compares_layers``.
+            inputs: the batch, on the student's device, labels included. If it carries ``teacher_logits`` (batch,
+                classes), they stand for the teacher, which does not run.
         """
         settings, logits = self.settings, outputs["logits"]
-        self.model.to(logits.device)
-        with torch.no_grad():
-            batch = {key: value for key, value in inputs.items() if key != "labels"}
-            target = self.model(**batch, output_hidden_states=settings.hidden > 0)
+        self.to(logits.device)
+        target = self._target(inputs)
         t = settings.temperature
         divergence = F.kl_div(
             F.log_softmax(logits.float() / t, -1), F.log_softmax(target["logits"].float() / t, -1),
             reduction="batchmean", log_target=True,
         )  # fmt: skip
-        loss = settings.alpha * t * t * divergence + (1.0 - settings.alpha) * outputs["loss"]
-        if settings.hidden > 0:
-            loss = loss + settings.hidden * self._hidden(outputs, target, inputs["attention_mask"])
+        loss: Tensor = settings.alpha * t * t * divergence + (1.0 - settings.alpha) * outputs["loss"]
+        if settings.compares_layers:
+            loss = loss + self._layers(
+                outputs["hidden_states"][1:], target["hidden_states"][1:], inputs["attention_mask"]
+            )
         return loss
 
-    def _hidden(self, outputs: dict[str, Tensor], target: dict[str, Tensor], mask: Tensor) -> Tensor:
-        student, teacher = outputs["hidden_states"], target["hidden_states"]
-        weights = mask.unsqueeze(-1).float()
-        scale = weights.sum() * student[0].shape[-1]
-        total = torch.zeros((), device=mask.device)
-        for own, other in enumerate(self.layers):
-            difference = (student[own + 1].float() - teacher[other + 1].float()) * weights
-            total = total + difference.square().sum() / scale
-        return total
+    def _target(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        if TEACHER_LOGITS in inputs:
+            return {"logits": inputs[TEACHER_LOGITS]}
+        batch = {key: value for key, value in inputs.items() if key != "labels"}
+        with torch.no_grad():
+            target: dict[str, Any] = self.model(**batch, output_hidden_states=self.settings.compares_layers)
+        return target
+
+    def _layers(self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+        hidden = relations = torch.zeros((), device=mask.device)
+        for own, other in self._pairs(student, teacher, mask):
+            if self.settings.hidden > 0:
+                hidden = hidden + hidden_error(self._project(student[own]), teacher[other], mask)
+            if self.settings.relations > 0:
+                relations = relations + relation_divergence(student[own], teacher[other], mask)
+        return self.settings.hidden * hidden + self.settings.relations * relations
+
+    def _pairs(self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> list[tuple[int, int]]:
+        """(Block of the student, block of the teacher) that are compared."""
+        if self.settings.layers == "uniform":
+            return list(enumerate(self.layers))
+        others = self.layers[::-3][::-1]
+        with torch.no_grad():
+            projected = [self._project(states) for states in student]
+            errors = [hidden_error(own, teacher[other], mask) for other in others for own in projected]
+        return list(zip(ordered_matches(torch.stack(errors).view(len(others), -1)), others, strict=True))
+
+    def _project(self, states: Tensor) -> Tensor:
+        return states if self.projection is None else self.projection(states)

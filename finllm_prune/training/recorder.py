@@ -192,10 +192,11 @@ def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tu
 def _summary(moment: Moment) -> dict[str, float]:
     """A moment in the keys of the log: means over layers, whose units may be weights here and heads there."""
     news = {
-        "pruning/density_min": min(row["density"] for row in moment),
-        "pruning/churn": statistics.fmean(row["churn"] for row in moment),
-        "pruning/regrown": statistics.fmean(row["regrown"] / row["units"] for row in moment),
-        "pruning/movement": statistics.fmean(row["movement"] for row in moment),
-        "pruning/score_median": statistics.median(row["score_q50"] for row in moment),
+        "pruning/density_min": [min(row["density"] for row in moment)],
+        "pruning/churn": [row["churn"] for row in moment],
+        "pruning/regrown": [row["regrown"] / row["units"] for row in moment],
+        "pruning/movement": [row["movement"] for row in moment],
+        "pruning/score_median": [row["score_q50"] for row in moment],
     }
-    return {key: value for key, value in news.items() if not math.isnan(value)}
+    measured = {key: [value for value in values if not math.isnan(value)] for key, values in news.items()}
+    return {key: statistics.fmean(values) for key, values in measured.items() if values}

@@ -1,4 +1,4 @@
-"""A transformers.Trainer that prunes: `compute_loss`, `log`, the sampler and callbacks, no copied loop."""
+"""A transformers.Trainer that prunes: `compute_loss`, `create_optimizer`, `log`, the sampler and callbacks, no copied loop."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from finllm_prune.pruning import Pruner
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
+from finllm_prune.training.projection import ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
+from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 STATE_FILE = "pruner.safetensors"
 
@@ -45,6 +47,14 @@ class PruningTrainer(Trainer):
         self.pruner = pruner
         self.teacher = teacher
         self.recorder: Recorder | None = None
+        if teacher is not None and self.compute_loss_func is not None:
+            raise InputError(
+                "compute_loss_func: it is normalised over all accumulated batches and the teacher's loss over one, so they "
+                "cannot be added; train without a teacher, or give the model the loss"
+            )
+        if teacher is not None and teacher.projection is not None:
+            # Before the pruner's callback: that a checkpoint is complete is told by the pruner's file.
+            self.add_callback(ProjectionCallback(teacher.projection))
         if pruner is not None:
             refuse_unsupported(args)
             if recording is not None:
@@ -61,9 +71,27 @@ class PruningTrainer(Trainer):
     ) -> Any:  # fmt: skip
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, output_hidden_states=self.teacher.settings.hidden > 0)
-        loss = self.teacher.loss(outputs, inputs)
+        own = {key: value for key, value in inputs.items() if key != TEACHER_LOGITS}
+        own["output_hidden_states"] = self.teacher.settings.compares_layers  # type: ignore[assignment]
+        task, outputs = super().compute_loss(model, own, True, num_items_in_batch)
+        loss = self.teacher.loss({**outputs, "loss": task}, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's, which trains the teacher's projection too."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.teacher is not None and self.teacher.projection is not None:
+            self.teacher.to(self.args.device)
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            new = [parameter for parameter in self.teacher.projection.parameters() if id(parameter) not in held]
+            if new:
+                optimizer.add_param_group({"params": new, "weight_decay": 0.0})
+        return optimizer
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Cached logits of the teacher reach the batch, though they are no argument of the model."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, TEACHER_LOGITS]  # type: ignore[assignment,misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """``train_sampling_strategy: group_by_length`` with the batches of an epoch in random order."""

@@ -11,8 +11,19 @@ from finllm_prune.families import find_family
 from finllm_prune.pruning import BUDGETS, CRITERIA, STRUCTURES, Cubic, Pruner, Rule, Schedule, Structure
 
 SMALL: dict[str, dict[str, Any]] = {"block": {"rows": 8, "cols": 8}}  # where the default does not fit a tiny model
+SHARES = [name for name in BUDGETS if name != "sensitivity"]  # that one needs a dry pass first, and has its own tests
+WEIGHTS_ALONE = [name for name in STRUCTURES if name in ("unstructured", "n:m")]
 
 Batch = dict[str, Tensor]
+
+
+def fits(criterion: str, structure: str) -> bool:
+    """Whether a criterion takes a structure; that the others are refused is a test of its own."""
+    return criterion != "second_order" or structure in WEIGHTS_ALONE
+
+
+# All pairs that take any sparsity; n:m takes one alone, and has its own tests.
+PAIRS = [(c, structure) for c in CRITERIA for structure in STRUCTURES if fits(c, structure) and structure != "n:m"]
 
 
 def make_structure(name: str) -> Structure:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -6,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from finllm_prune.errors import InputError
 from finllm_prune.pruning import BUDGETS, Budget, Global, Uniform
 from finllm_prune.pruning.budgets import kth_largest, select
+from tests.pruning.runs import SHARES
 
 MANY = 140_000  # above 131072 values the bracket search runs; below, one selection does it all
 
@@ -120,7 +123,7 @@ grids_of_scores = st.lists(
 densities = st.floats(0.001, 1.0)
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", SHARES)
 @given(scores=grids_of_scores, density=densities)
 def test_a_budget_keeps_a_unit_of_each_grid_and_does_not_touch_the_scores(
     name: str, scores: list[Tensor], density: float
@@ -135,7 +138,7 @@ def test_a_budget_keeps_a_unit_of_each_grid_and_does_not_touch_the_scores(
         assert mask[score.argmax()], "the best unit of a grid is cut"
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", SHARES)
 @given(scores=grids_of_scores, density=densities)
 def test_a_budget_is_within_a_unit_of_the_density_in_each_grid_or_overall(
     name: str, scores: list[Tensor], density: float
@@ -151,7 +154,7 @@ def test_a_budget_is_within_a_unit_of_the_density_in_each_grid_or_overall(
             assert abs(int(mask.sum()) - max(1.0, density * score.numel())) <= 1
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", SHARES)
 def test_a_budget_decides_the_same_way_twice(name: str):
     scores = [draw(integers, 500, seed).view(20, 25) for seed in range(3)]
     one, two = BUDGETS[name]().share(scores, 0.3), BUDGETS[name]().share([s.clone() for s in scores], 0.3)
@@ -193,3 +196,48 @@ def test_uniform_gives_each_grid_the_same_density_where_global_follows_the_score
     scores = [torch.arange(100.0), torch.arange(100.0) + 60.0]
     assert [int(mask.sum()) for mask in Uniform().share(scores, 0.5)] == [50, 50]
     assert [int(mask.sum()) for mask in Global().share(scores, 0.5)] == [20, 80]
+
+
+@given(scores=grids_of_scores, density=densities, floor=st.floats(0.0, 0.5), ceiling=st.floats(0.6, 1.0))
+def test_global_keeps_every_grid_between_its_floor_and_its_ceiling(
+    scores: list[Tensor], density: float, floor: float, ceiling: float
+):
+    masks = Global(floor, ceiling).share(scores, density)
+    total = sum(score.numel() for score in scores)
+    least = [max(1, math.ceil(floor * score.numel())) for score in scores]
+    most = [max(low, math.floor(ceiling * score.numel())) for low, score in zip(least, scores, strict=True)]
+    kept = [int(mask.sum()) for mask in masks]
+    assert sum(kept) == max(sum(least), round(density * total)), "the density is met first"
+    assert all(k >= low for k, low in zip(kept, least, strict=True))
+    if sum(kept) <= sum(most):
+        assert all(k <= high for k, high in zip(kept, most, strict=True))
+    for score, mask in zip(scores, masks, strict=True):
+        assert min(score[mask].tolist()) >= max(score[~mask].tolist(), default=-9.0), "within a grid the best stay"
+
+
+def test_floor_and_ceiling_hold_where_one_grid_would_take_all():
+    scores = [torch.arange(100.0) + 1000.0, torch.arange(100.0)]
+    assert [int(mask.sum()) for mask in Global().share(scores, 0.5)] == [99, 1]
+    assert [int(mask.sum()) for mask in Global(floor=0.2).share(scores, 0.5)] == [80, 20]
+    assert [int(mask.sum()) for mask in Global(ceiling=0.7).share(scores, 0.5)] == [70, 30]
+
+
+@given(scores=grids_of_scores, density=densities, multiple=st.integers(1, 5))
+def test_uniform_snaps_the_kept_width_to_the_nearest_multiple(scores: list[Tensor], density: float, multiple: int):
+    for score, mask in zip(scores, Uniform(multiple).share(scores, density), strict=True):
+        kept, due = int(mask.sum()), density * score.numel()
+        assert kept == score.numel() or kept % multiple == 0
+        assert kept >= min(multiple, score.numel())
+        if multiple <= due <= score.numel() - multiple:
+            assert abs(kept - due) <= multiple / 2 + 0.5
+
+
+@pytest.mark.parametrize("floor_and_ceiling", [(-0.1, 1.0), (0.5, 0.5), (0.2, 1.1)])
+def test_a_floor_and_a_ceiling_that_exclude_each_other_are_refused(floor_and_ceiling: tuple[float, float]):
+    with pytest.raises(InputError, match="0 <= floor < ceiling <= 1"):
+        Global(*floor_and_ceiling)
+
+
+def test_a_multiple_below_1_is_refused():
+    with pytest.raises(InputError, match="multiple must be at least 1"):
+        Uniform(multiple=0)

@@ -100,7 +100,7 @@ def test_movement_starts_in_the_order_of_magnitude(criterion: Movement):
 
 
 def test_movement_keeps_what_moves_away_from_zero():
-    criterion = Movement(initial=0.0)
+    criterion = Movement(initial=0.0, sensitivity=0.0)
     group = make_group(criterion, 1, 4)
     slot = group.slots[0]
     slot.parameter.data = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
@@ -108,6 +108,19 @@ def test_movement_keeps_what_moves_away_from_zero():
     state = criterion.start(group)
     criterion.observe(group, state, step())
     assert criterion.score(group, state).sign().tolist() == [[1.0, 1.0, -1.0, -1.0]]
+
+
+def test_of_two_weights_that_move_alike_movement_keeps_the_one_that_the_loss_feels():
+    criterion = Movement(initial=0.0)
+    group = make_group(criterion, 1, 2)
+    slot = group.slots[0]
+    slot.parameter.data, slot.parameter.grad = torch.tensor([[1.0, 1.0]]), torch.tensor([[-1.0, -0.01]])
+    state = criterion.start(group)
+    for i in range(5):
+        criterion.observe(group, state, step(i / 10, (i + 1) / 10))
+    assert state["scores"][0, 0] == pytest.approx(float(state["scores"][0, 1]), rel=1e-4)
+    feels, hardly = criterion.score(group, state)[0]
+    assert float(feels - hardly) == pytest.approx(math.log(100.0), rel=1e-3)
 
 
 @pytest.mark.parametrize("steps", [10, 1000])
@@ -160,6 +173,7 @@ def test_the_other_criteria_leave_the_cut_to_the_budget(name: str):
     [
         (Movement, {"travel": 0.0}, "travel must be above 0"),
         (Movement, {"initial": -0.1}, "initial at least 0"),
+        (Movement, {"sensitivity": -1.0}, "sensitivity must not be negative"),
         (SoftMovement, {"travel": -1.0}, "travel must be above 0"),
         (SoftMovement, {"threshold": 0.0}, "threshold must lie between 0 and 1"),
         (SoftMovement, {"threshold": 1.0}, "threshold must lie between 0 and 1"),

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
-from finllm_prune.families import find_family
 from finllm_prune.pruning import (
-    BUDGETS,
     CRITERIA,
     SCHEDULES,
     STRUCTURES,
@@ -25,8 +23,8 @@ from finllm_prune.pruning import (
     Slot,
     Unstructured,
 )
-from tests.conftest import FAMILIES, tiny_model
-from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
+from tests.conftest import tiny_model
+from tests.pruning.runs import PAIRS, SHARES, fits, make_batches, make_optimizer, make_pruner, make_rule, train
 
 
 def trained(*rules: Rule, steps: int = 6, layers: int = 1) -> tuple[PreTrainedModel, Pruner]:
@@ -43,9 +41,8 @@ def expand(group: Group, slot: Slot) -> Tensor:
     return group.rule.structure.expand(~group.mask, slot.weight, slot.site).view_as(slot.parameter)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("budget", SHARES)
+@pytest.mark.parametrize(("criterion", "structure"), PAIRS)
 def test_the_final_sparsity_is_the_one_asked_for_and_cut_weights_are_exact_zeros(
     criterion: str, structure: str, budget: str
 ):
@@ -59,11 +56,25 @@ def test_the_final_sparsity_is_the_one_asked_for_and_cut_weights_are_exact_zeros
         for slot in group.slots:
             cut = expand(group, slot)
             assert (slot.parameter[cut] == 0).all()
-            # The others have all been moved off their first values, biases too, so a zero here would be a wrong cut.
-            assert (slot.parameter[~cut] != 0).all(), slot.name
+            # The others have all been moved off their first values, biases too, so a zero here would be a wrong cut;
+            # a bias that its criterion freezes stays at the zeros of a fresh model.
+            if group.rule.criterion.trains_weights or slot.parameter.ndim == 2:
+                assert (slot.parameter[~cut] != 0).all(), slot.name
 
 
-@pytest.mark.parametrize(("structure", "biases"), [("neuron", 1), ("head", 3), ("unstructured", 0), ("block", 0)])
+@pytest.mark.parametrize("budget", SHARES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_two_of_every_four_weights_stay_under_every_criterion_and_budget(criterion: str, budget: str):
+    _, pruner = trained(make_rule("n:m", criterion, budget, sparsity=0.5), layers=2)
+    assert pruner.sparsity() == 0.5
+    for group in pruner.groups:
+        assert (group.mask.view(-1, 4).sum(1) == 2).all()
+        assert torch.equal(group.slots[0].parameter != 0, group.mask)
+
+
+@pytest.mark.parametrize(
+    ("structure", "biases"), [("neuron", 1), ("head", 3), ("unstructured", 0), ("n:m", 0), ("block", 0)]
+)
 def test_biases_go_with_the_rows_that_are_cut_whole_and_with_no_others(structure: str, biases: int):
     model, pruner = trained(make_rule(structure), layers=1)
     names = [slot.name for group in pruner.groups for slot in group.slots if slot.parameter.ndim == 1]
@@ -75,13 +86,12 @@ def test_biases_go_with_the_rows_that_are_cut_whole_and_with_no_others(structure
     assert all((bias != 0).all() for bias in others)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("budget", SHARES)
+@pytest.mark.parametrize(("criterion", "structure"), PAIRS)
 def test_at_least_one_unit_of_each_group_is_kept(criterion: str, structure: str, budget: str):
     _, pruner = trained(make_rule(structure, criterion, budget, sparsity=0.999), steps=4, layers=2)
     assert all(group.mask.any() for group in pruner.groups)
-    assert pruner.sparsity() >= 0.74  # 3 of 4 heads
+    assert pruner.sparsity() >= (0.5 if structure == "layer" else 0.74)  # 1 of 2 layers, 3 of 4 heads
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -139,7 +149,7 @@ def test_a_cut_weight_comes_back_with_the_value_that_it_would_have_had():
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_group_whose_units_have_all_come_back_is_whole_for_good(structure: str):
-    model = tiny_model(layers=1)
+    model = tiny_model(layers=2)
     whole = [parameter.detach().clone() for parameter in model.parameters()]
     group = make_pruner(model, make_rule(structure)).groups[0]
     some = torch.zeros_like(group.mask)
@@ -186,8 +196,7 @@ def uninterrupted_and_resumed(rule: Rule, stop: int, path: Path) -> list[tuple[P
 
 
 @pytest.mark.parametrize("stop", [1, 5, 9])
-@pytest.mark.parametrize("structure", ["unstructured", "neuron"])
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("criterion", "structure"), [pair for pair in PAIRS if pair[1] in ("unstructured", "neuron")])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     criterion: str, structure: str, stop: int, tmp_path: Path
 ):
@@ -206,13 +215,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_state_survives_safetensors(criterion: str, steps: int, tmp_path: Path):
     model = tiny_model(layers=1)
-    pruner = make_pruner(model, make_rule("neuron", criterion))
+    pruner = make_pruner(model, make_rule("neuron" if fits(criterion, "neuron") else "unstructured", criterion))
     train(model, pruner, make_optimizer(model), make_batches(10), range(steps))
     state = pruner.state_dict()
     assert any(key.endswith("/parked") for key in state) == (steps == 5)
     save_file(state, tmp_path / "pruner.safetensors")
     loaded = load_file(tmp_path / "pruner.safetensors")
-    other = make_pruner(tiny_model(layers=1), make_rule("neuron", criterion))
+    other = make_pruner(tiny_model(layers=1), pruner.groups[0].rule)
     other.load_state_dict(loaded)
     for restored in (loaded, other.state_dict()):
         assert restored.keys() == state.keys()
@@ -256,7 +265,7 @@ def test_rules_that_match_nothing_are_refused():
 
 
 def test_an_unknown_target_is_refused_by_name():
-    with pytest.raises(InputError, match="unknown target 'embeddings'; use attention, mlp or encoder"):
+    with pytest.raises(InputError, match="target 'embeddings' matches no linear layer; use attention, mlp or encoder"):
         make_pruner(tiny_model(layers=1), Rule("embeddings", 0.5))
 
 
@@ -293,7 +302,7 @@ def test_a_target_without_gradient_is_refused_by_name_under_movement(criterion: 
         pruner.before_step(0.1)
 
 
-@pytest.mark.parametrize("criterion", [name for name in CRITERIA if not CRITERIA[name].needs_gradient])
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
 def test_a_target_without_gradient_is_cut_by_a_criterion_that_needs_none(criterion: str):
     model = tiny_model(layers=1)
     model.bert.requires_grad_(False)
@@ -306,7 +315,8 @@ def test_a_target_without_gradient_is_cut_by_a_criterion_that_needs_none(criteri
 @pytest.mark.parametrize("steps", [1, 5])
 def test_finish_before_freeze_makes_the_last_cut(criterion: str, steps: int):
     model = tiny_model(layers=1)
-    pruner = make_pruner(model, make_rule("neuron", criterion, sparsity=0.75))
+    structure = "neuron" if fits(criterion, "neuron") else "unstructured"
+    pruner = make_pruner(model, make_rule(structure, criterion, sparsity=0.75))
     train(model, pruner, make_optimizer(model), make_batches(10), range(steps))
     before = pruner.sparsity()
     pruner.finish()
@@ -316,7 +326,10 @@ def test_finish_before_freeze_makes_the_last_cut(criterion: str, steps: int):
     assert all(slot.parked is None for group in pruner.groups for slot in group.slots)
     for group in pruner.groups:
         for slot in group.slots:
-            assert torch.equal(slot.parameter == 0, expand(group, slot))
+            if (
+                group.rule.criterion.trains_weights or slot.parameter.ndim == 2
+            ):  # a fresh bias is zero until it is trained
+                assert torch.equal(slot.parameter == 0, expand(group, slot))
 
 
 def test_finish_lets_a_better_weight_back_from_the_parked_ones():
@@ -364,20 +377,6 @@ def test_masks_are_named_after_the_groups_and_have_the_shapes_of_their_grids():
         "bert.encoder.layer.0.attention": (4,), "bert.encoder.layer.1.attention": (4,),
         "bert.encoder.layer.0.mlp": (64,), "bert.encoder.layer.1.mlp": (64,),
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_structure_is_carried_out_on_each_family(family: str, structure: str):
-    model = tiny_model(family, layers=1)
-    pruner = make_pruner(model, make_rule(structure))
-    train(model, pruner, make_optimizer(model), make_batches(3))
-    pruner.finish()
-    assert pruner.sparsity() == 0.5
-    linears = find_family(family).linears(model)
-    targets = {slot.name for group in pruner.groups for slot in group.slots if slot.parameter.ndim == 2}
-    zeros = {name for name, linear in linears.items() if (linear.weight == 0).float().mean() == 0.5}
-    assert {f"{name}.weight" for name in zeros} == targets
 
 
 def test_a_state_of_another_criterion_or_structure_is_refused():

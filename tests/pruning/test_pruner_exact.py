@@ -15,23 +15,25 @@ from finllm_prune.families import find_family
 from finllm_prune.pruning import (
     BUDGETS,
     Block,
-    Criterion,
     Cubic,
     Head,
+    Layer,
     Movement,
     Neuron,
     Pruner,
     Rule,
+    ScoreMovement,
     SoftMovement,
     Structure,
     Unstructured,
 )
+from finllm_prune.pruning.criteria.movement import LearnedScores
 from tests.conftest import tiny_model
 
 STEPS, ACCUMULATE, CLIP, DECAY, LR = 30, 2, 0.5, 0.1, 1e-2
 HIDDEN, NEURONS, HEADS, LAYERS, BLOCK = 32, 64, 4, 2, 8
 SCHEDULE = Cubic(begin=0.1, end=0.7, freeze=0.9, updates=12)
-SPARSITY = {"unstructured": 0.7, "block": 0.7, "neuron": 0.7, "head": 0.5}
+SPARSITY = {"unstructured": 0.7, "block": 0.7, "neuron": 0.7, "head": 0.5, "layer": 0.5}
 MATRICES = {
     "attention.self.query": (HIDDEN, HIDDEN),
     "attention.self.key": (HIDDEN, HIDDEN),
@@ -46,9 +48,12 @@ STRUCTURES: dict[str, tuple[str, Structure]] = {
     "block": ("encoder", Block(BLOCK, BLOCK)),
     "neuron": ("mlp", Neuron()),
     "head": ("attention", Head()),
+    "layer": ("mlp", Layer()),
 }
-CRITERIA: dict[str, Criterion] = {
+CRITERIA: dict[str, LearnedScores] = {
     "movement": Movement(travel=1.0, initial=0.2),
+    "movement as in the paper": Movement(travel=1.0, initial=0.2, sensitivity=0.0),
+    "score_movement": ScoreMovement(travel=1.0, initial=0.2),
     "soft_movement": SoftMovement(travel=6.0, initial=0.2, threshold=0.3, penalty=0.004, gain=0.0),
 }
 
@@ -113,13 +118,21 @@ def reference_units(structure: str) -> dict[str, Unit]:
                 members[f"{prefix}.attention.self.{path}.weight"] = number[:, None].expand(HIDDEN, HIDDEN)
                 members[f"{prefix}.attention.self.{path}.bias"] = number
             units[f"{prefix}.attention"] = Unit(members, (HEADS,))
+    if structure == "layer":
+        members = {}
+        for layer in range(LAYERS):
+            for path in ("intermediate.dense", "output.dense"):
+                prefix = f"bert.encoder.layer.{layer}.{path}"
+                members[f"{prefix}.weight"] = torch.full(MATRICES[path], layer)
+                members[f"{prefix}.bias"] = torch.full(MATRICES[path][:1], layer)
+        units["bert.encoder.layer.mlp"] = Unit(members, (LAYERS,))
     return units
 
 
 class Reference:
     """Movement pruning as the papers write it: latent weights, a mask in the forward, autograd for all gradients."""
 
-    def __init__(self, model: PreTrainedModel, structure: str, criterion: Movement, budget: str, sparsity: float):
+    def __init__(self, model: PreTrainedModel, structure: str, criterion: LearnedScores, budget: str, sparsity: float):
         self.model, self.criterion, self.budget, self.sparsity = model, criterion, budget, sparsity
         self.latent = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
         self.units = reference_units(structure)
@@ -127,7 +140,9 @@ class Reference:
             rank = unit.rank(self.latent)
             unit.scores = nn.Parameter(criterion.initial * criterion.travel * rank / rank.numel())
             unit.mask = torch.ones(unit.shape, dtype=torch.bool)
-        self.optimizer = torch.optim.AdamW(self.latent.values(), lr=LR, weight_decay=DECAY)
+        targets = {name for unit in self.units.values() for name in unit.members}
+        trained = [p for name, p in self.latent.items() if criterion.trains_weights or name not in targets]
+        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY)
         self.score_optimizer = torch.optim.Adam([u.scores for u in self.units.values()], betas=(0.9, 0.999), eps=1e-8)
         self.frozen = False
 
@@ -155,6 +170,8 @@ class Reference:
             sum(self.criterion.penalty * torch.sigmoid(s).mean() for s in scores).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for parameter in self.latent.values():
+            parameter.grad = None
         if not self.frozen:
             self.score_optimizer.param_groups[0]["lr"] = self.criterion.travel * (now - before) * (1.0 - before)
             self.score_optimizer.step()
@@ -163,10 +180,19 @@ class Reference:
         self.score_optimizer.zero_grad()
         return float(factor)
 
+    def ranked(self, unit: Unit) -> Tensor:
+        """The scores, and for hard movement the logarithm of the rms of their gradient."""
+        if not isinstance(self.criterion, Movement):
+            return unit.scores
+        return (
+            unit.scores
+            + self.criterion.sensitivity * (self.score_optimizer.state[unit.scores]["exp_avg_sq"] + 1e-30).sqrt().log()
+        )
+
     @torch.no_grad()
     def choose(self, now: float) -> None:
         fraction, self.frozen = SCHEDULE.fraction(now), now >= SCHEDULE.freeze
-        grids = [unit.scores.flatten() for unit in self.units.values()]
+        grids = [self.ranked(unit).flatten() for unit in self.units.values()]
         if isinstance(self.criterion, SoftMovement) and not self.frozen:
             masks = [torch.sigmoid(grid) > self.criterion.threshold * fraction for grid in grids]
         elif self.budget == "uniform":

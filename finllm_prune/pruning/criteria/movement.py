@@ -1,10 +1,5 @@
-"""Who survives: a score per unit, high = keep.
+"""Movement pruning: scores that learn, by their own gradient, which units the fine-tuning wants to keep."""
 
-A criterion is a frozen dataclass of knobs; what it remembers about a group lies in a dict of tensors that the Pruner
-owns, saves and restores. Scores and moments are fp32 whatever the model's dtype: in bf16, 1.0 + 1e-3 is 1.0.
-"""
-
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,80 +10,21 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from finllm_prune.errors import InputError
+from finllm_prune.pruning.criteria.criterion import Criterion, State, Step, gate_gradient, norm
 
 if TYPE_CHECKING:
-    from finllm_prune.pruning.groups import Group, Slot
-
-State = dict[str, Tensor]
+    from finllm_prune.pruning.groups import Group
 
 
-@dataclass(frozen=True)
-class Step:
-    """Where a run stands: progress before and after this optimizer step (0..1), and whether to ignore its gradients.
-
-    ``skip`` is a 0-dim fp32 tensor, 1.0 where a gradient is infinite or NaN: then nothing may reach a score.
-    """
-
-    before: float
-    now: float
-    skip: Tensor
+_FLOOR = 1e-30  # below any second moment that a gradient leaves; keeps the logarithm finite where there was none
 
 
 @dataclass(frozen=True)
-class Criterion:
-    """The base of all criteria: override what the idea needs."""
+class LearnedScores(Criterion):
+    """Scores that descend the gradient of a mask: ``S <- S - lr * Adam(sum(dL/dW' * W))``.
 
-    needs_gradient: ClassVar[bool] = False
-
-    def start(self, group: "Group") -> State:
-        """The state of a group before the first step."""
-        return {}
-
-    def observe(self, group: "Group", state: State, step: Step) -> None:
-        """Gradients are ready and the weights are whole."""
-
-    def score(self, group: "Group", state: State) -> Tensor:
-        """The score grid (fp32, finite) from which the next mask is chosen."""
-        raise NotImplementedError
-
-    def cutoff(self, fraction: float) -> float | None:
-        """The score that a unit must exceed, where the criterion itself decides; None leaves it to the budget."""
-        return None
-
-    def steer(self, states: Iterable[State], excess: float) -> None:
-        """Told how much denser a rule is than the schedule asks, where ``cutoff`` decides."""
-
-
-@dataclass(frozen=True)
-class Magnitude(Criterion):
-    """The weight itself: ``|w|``, or the l2 norm of a unit (Zhu and Gupta 2017, https://arxiv.org/abs/1710.01878)."""
-
-    def score(self, group: "Group", state: State) -> Tensor:
-        return _norm(group)
-
-
-@dataclass(frozen=True)
-class Random(Criterion):
-    """The control: a fixed random order, drawn from ``seed`` and the group's name."""
-
-    seed: int = 0
-
-    def start(self, group: "Group") -> State:
-        digest = hashlib.sha256(f"{self.seed}/{group.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return {"scores": torch.rand(group.mask.shape, generator=generator).to(group.mask.device)}
-
-    def score(self, group: "Group", state: State) -> Tensor:
-        return state["scores"]
-
-
-@dataclass(frozen=True)
-class Movement(Criterion):
-    """Hard movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): weights that move away from zero stay.
-
-    ``S <- S - lr * Adam(reduce(dL/dW' * W))``. The learning rate of the scores decays linearly over the run and is given
-    per *run*, as ``travel = lr * steps`` (the paper's 1e-2 over 256 steps is 2.56), so that a recipe means the same on
-    small and large data.
+    The learning rate of the scores decays linearly over the run and is given per *run*, as ``travel = lr * steps`` (the
+    paper's 1e-2 over 256 steps is 2.56), so that a recipe means the same on small and large data.
 
     Args:
         travel: learning rate of the scores times the number of optimizer steps.
@@ -108,16 +44,15 @@ class Movement(Criterion):
             )
 
     def start(self, group: "Group") -> State:
-        norm = _norm(group)
-        rank = torch.empty_like(norm).view(-1)
-        rank[norm.view(-1).argsort(stable=True)] = torch.arange(norm.numel(), device=norm.device, dtype=norm.dtype)
-        scores = (rank * (self.initial * self.travel / norm.numel())).view(norm.shape)
+        size = norm(group)
+        rank = torch.empty_like(size).view(-1)
+        rank[size.view(-1).argsort(stable=True)] = torch.arange(size.numel(), device=size.device, dtype=size.dtype)
+        scores = (rank * (self.initial * self.travel / size.numel())).view(size.shape)
         zeros = torch.zeros_like(scores)
         return {"scores": scores, "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": scores.new_zeros(())}
 
     def observe(self, group: "Group", state: State, step: Step) -> None:
-        gradient = group.sum(_movement)
-        self._descend(state, gradient, step)
+        self._descend(state, gate_gradient(group), step)
 
     def score(self, group: "Group", state: State) -> Tensor:
         return state["scores"]
@@ -131,7 +66,32 @@ class Movement(Criterion):
 
 
 @dataclass(frozen=True)
-class SoftMovement(Movement):
+class Movement(LearnedScores):
+    """Hard movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): weights that move away from zero stay.
+
+    Adam makes all scores move at the same pace, whether the loss feels their weight or not. Its second moment knows: the
+    root of it is the rms of ``g * w``, the sensitivity of the loss to a cut. The mask is chosen by ``S + sensitivity *
+    log rms(g * w)``, which costs nothing to keep and tells apart what movement alone cannot.
+
+    Args:
+        sensitivity: the weight of that logarithm beside the scores; 0 is the paper's criterion.
+    """
+
+    sensitivity: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sensitivity < math.inf:
+            raise InputError(f"criterion movement: sensitivity must not be negative, not {self.sensitivity}")
+
+    def score(self, group: "Group", state: State) -> Tensor:
+        if self.sensitivity == 0:
+            return state["scores"]
+        return state["scores"].add(state["exp_avg_sq"].add(_FLOOR).log_(), alpha=0.5 * self.sensitivity)
+
+
+@dataclass(frozen=True)
+class SoftMovement(LearnedScores):
     """Soft movement pruning (Sanh et al. 2020): kept where ``sigmoid(S) > tau``; a penalty on the scores does the cutting.
 
     The penalty ``lambda * mean(sigmoid(S))`` adds ``lambda * sigmoid(S) (1 - sigmoid(S)) / n`` to the gradient of the
@@ -162,7 +122,7 @@ class SoftMovement(Movement):
         return state | {"penalty": state["scores"].new_full((), math.nan if self.penalty is None else self.penalty)}
 
     def observe(self, group: "Group", state: State, step: Step) -> None:
-        gradient = group.sum(_movement)
+        gradient = gate_gradient(group)
         n, penalty = gradient.numel(), state["penalty"]
         size = 4.0 * gradient.abs().sum()
         start = torch.where((step.skip > 0) | (size == 0), math.nan, size)
@@ -179,24 +139,12 @@ class SoftMovement(Movement):
             state["penalty"].mul_(math.exp(self.gain * excess))
 
 
-def _norm(group: "Group") -> Tensor:
-    """The l2 norm of each unit, over all matrices of the group."""
-    return group.sum(lambda slot: slot.weight.float().square()).sqrt_()
+@dataclass(frozen=True)
+class ScoreMovement(Movement):
+    """Static model pruning (Jiang et al. 2023, https://arxiv.org/abs/2210.06210): the scores move, the weights do not.
 
+    Fine-tuning is the choice of the mask alone, so that a task costs one bit per weight beside the shared dense model. What
+    no rule targets (embeddings, norms, biases, the head) is trained unless its ``requires_grad`` says otherwise.
+    """
 
-def _movement(slot: "Slot") -> Tensor:
-    """``dL/dW' * W``: the gradient of the loss with respect to a mask on each weight."""
-    gradient = slot.gradient
-    if gradient is None:
-        raise InputError(
-            f"{slot.name} has no gradient, which its criterion needs: unfreeze it (requires_grad) or use magnitude"
-        )
-    return gradient.float() * slot.weight.float()
-
-
-CRITERIA: dict[str, type[Criterion]] = {
-    "movement": Movement,
-    "soft_movement": SoftMovement,
-    "magnitude": Magnitude,
-    "random": Random,
-}
+    trains_weights: ClassVar[bool] = False

@@ -1,0 +1,7 @@
+"""Gemma 3, the text models. The same layer names as Llama."""
+
+from dataclasses import replace
+
+from finllm_prune.families import llama
+
+FAMILY = replace(llama.FAMILY, model_type="gemma3_text")

@@ -1,0 +1,26 @@
+"""Who survives: a score per unit, high = keep. One idea, one class; a new one is listed at the foot."""
+
+from finllm_prune.pruning.criteria.criterion import Criterion, State, Step
+from finllm_prune.pruning.criteria.magnitude import Magnitude, Random
+from finllm_prune.pruning.criteria.movement import Movement, ScoreMovement, SoftMovement
+from finllm_prune.pruning.criteria.second_order import SecondOrder
+from finllm_prune.pruning.criteria.sensitivity import Gradient, Platon, Taylor, Variance
+
+__all__ = [
+    "CRITERIA",
+    "Criterion", "Gradient", "Magnitude", "Movement", "Platon", "Random", "ScoreMovement", "SecondOrder", "SoftMovement",
+    "State", "Step", "Taylor", "Variance",
+]  # fmt: skip
+
+CRITERIA: dict[str, type[Criterion]] = {
+    "movement": Movement,
+    "soft_movement": SoftMovement,
+    "score_movement": ScoreMovement,
+    "magnitude": Magnitude,
+    "gradient": Gradient,
+    "taylor": Taylor,
+    "platon": Platon,
+    "variance": Variance,
+    "second_order": SecondOrder,
+    "random": Random,
+}

@@ -1,0 +1,79 @@
+"""The dry pass before training: how much the loss changes when one matrix alone is cut."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from finllm_prune.errors import InputError
+from finllm_prune.pruning import Group, Magnitude, Rule, Sensitivity
+from finllm_prune.pruning.budgets import select
+from finllm_prune.pruning.sensitivity import allocate
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def measure_sensitivity(model: nn.Module, groups: list[Group], batches: Iterable[dict[str, Tensor]]) -> None:
+    """Gives each rule with ``budget: sensitivity`` its densities; the model is as before afterwards.
+
+    Each group is cut alone, by magnitude, to each of the budget's levels, and the loss taken in eval mode.
+
+    Args:
+        model: returns ``.loss`` for a batch with labels.
+        groups: of all rules, on this model; those of the other budgets are left alone.
+        batches: the same on every rank, so that all ranks find the same densities.
+
+    Raises:
+        InputError: the rule asks for more than the highest level tried.
+    """
+    rules = {id(group.rule): group.rule for group in groups if isinstance(group.rule.budget, Sensitivity)}
+    if not rules:
+        return
+    device = groups[0].slots[0].parameter.device
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    was_training = model.training
+    model.eval()
+    dense = _loss(model, batches)
+    for rule in rules.values():
+        members = [group for group in groups if group.rule is rule]
+        _share(model, rule, members, batches, dense)
+    model.train(was_training)
+
+
+def _share(model: nn.Module, rule: Rule, groups: list[Group], batches: list[dict[str, Tensor]], dense: float) -> None:
+    budget = rule.budget
+    assert isinstance(budget, Sensitivity)
+    if rule.sparsity > budget.levels[-1]:
+        raise InputError(
+            f"budget sensitivity: sparsity {rule.sparsity} is above the highest level tried, {budget.levels[-1]}; "
+            "add a higher level to levels"
+        )
+    losses = [
+        [_loss_without(model, group, level, batches) for level in budget.levels]
+        for group in tqdm(groups, desc="sensitivity", leave=False)
+    ]
+    densities = allocate(losses, dense, [group.mask.numel() for group in groups], budget.levels, rule.sparsity)
+    measured = dataclasses.replace(rule, budget=dataclasses.replace(budget, densities=tuple(densities)))
+    for group, density in zip(groups, densities, strict=True):
+        group.rule = measured
+        logger.info("%s keeps %.3f of its units.", group.name, density)
+
+
+def _loss_without(model: nn.Module, group: Group, level: float, batches: list[dict[str, Tensor]]) -> float:
+    scores = Magnitude().score(group, {})
+    group.set_mask(select([scores], max(1, round((1.0 - level) * scores.numel())))[0])
+    group.park()
+    loss = _loss(model, batches)
+    group.unpark()
+    group.set_mask(torch.ones_like(group.mask))
+    group.park()
+    return loss
+
+
+def _loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    total = sum(float(model(**batch).loss) * len(batch["labels"]) for batch in batches)
+    return total / sum(len(batch["labels"]) for batch in batches)

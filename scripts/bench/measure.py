@@ -1,0 +1,105 @@
+"""One cell, from the dense model of its seed to its row."""
+
+import copy
+import shutil
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+
+from bench.cells import Cell, Row
+from bench.methods import METHODS
+from bench.protocol import Protocol
+from finllm_prune.evaluation import compare, measure, predict, removed
+from finllm_prune.families import find_family
+from finllm_prune.metrics import find_metric
+from finllm_prune.prepare import Prepared, load_model, prepare
+from finllm_prune.provenance import provenance
+from finllm_prune.pruning import Pruner
+from finllm_prune.training import Teacher
+
+
+def run(cell: Cell, protocol: Protocol) -> Row:
+    """Train, cut and measure."""
+    began = time.time()
+    method = METHODS[cell.method]
+    source = protocol.dense_model(cell.seed)
+    plan = protocol.recipe(
+        method, cell.sparsity, cell.seed, cell.learning_rate, protocol.out / "work" / cell.key, source
+    )
+    ready = prepare(plan, resume=False, overwrite=True)
+    student, dense = (load_model(plan.task, str(source), ready.examples.labels) for _ in range(2))
+    family = find_family(student.config.model_type)
+    layers = range(len(family.layers(student)))
+    parts: dict[str, Any] = {"teacher": Teacher(dense, plan.distillation, layers) if plan.distillation else None}
+    pruner = None
+    if "pruning" in method.recipe:
+        pruner = parts["pruner"] = Pruner(family.groups(student, plan.pruning.rules), plan.pruning.schedule)
+    if method.peer:
+        parts["callbacks"] = [method.peer(cell.sparsity)]
+    started = time.time()
+    trainer = protocol.train(ready, student, {}, **parts)
+    trained = time.time()
+    small = shrunk(student, pruner) if pruner else student
+    smaller = sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
+    made_of = provenance(ready)
+    shutil.rmtree(ready.work)
+    nn.Module.to(dense, device=student.device)
+    return {
+        "key": cell.key,
+        **asdict(cell),
+        "validation": on_validation(ready, dense, student),
+        "test": on_test(ready, dense, student),
+        "sparsity_of": ({"targeted": pruner.sparsity()} if pruner else {}) | removed(dense, student),
+        "latency": [measure(dense, small, batch).to_dict() for batch in (1, 16)] if smaller else [],
+        "steps": trainer.state.global_step,
+        "train_seconds": round(trained - started, 1),
+        "seconds": round(time.time() - began, 1),
+        "versions": made_of["versions"] | peer_version(cell.method),
+        "machine": made_of["machine"],
+        "commit": made_of["commit"],
+    }
+
+
+def on_validation(ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[str, float]]:
+    """The metrics by which a learning rate is chosen: no intervals."""
+    rows, collator = ready.tokens["validation"], ready.recipe.task.collator(ready.tokenizer)
+    found = {kind: predict(model, rows, collator) for kind, model in (("dense", dense), ("pruned", student))}
+    return {
+        name: {kind: find_metric(name)(classes.tolist(), rows["labels"]) for kind, classes in found.items()}
+        for name in ready.recipe.task.metrics
+    }
+
+
+def on_test(ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel) -> dict[str, Any]:
+    """The student beside its dense teacher: metrics with intervals, agreement, flips, collapse."""
+    rows, collator = ready.tokens["test"], ready.recipe.task.collator(ready.tokenizer)
+    found = compare(
+        predict(dense, rows, collator), predict(student, rows, collator), np.array(rows["labels"]),
+        ready.examples.labels, ready.recipe.task.metrics,
+    )  # fmt: skip
+    return {**found.metrics, **{key: value for key, value in asdict(found).items() if key != "metrics"}}
+
+
+def shrunk(model: PreTrainedModel, pruner: Pruner) -> PreTrainedModel:
+    """A copy that computes the same without the neurons and heads that are cut: what is there to be timed."""
+    small = copy.deepcopy(model)
+    for group in pruner.groups:
+        for slot in group.slots if group.rule.structure.couples else []:
+            kept = group.rule.structure.expand(group.mask, slot.weight, slot.site).any(1 - slot.site.axis)
+            path, _, name = slot.name.rpartition(".")
+            linear = small.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            rest = getattr(linear, name).detach().index_select(slot.site.axis, kept.nonzero().squeeze(1))
+            setattr(linear, name, nn.Parameter(rest))
+            linear.out_features, linear.in_features = linear.weight.shape
+    return small
+
+
+def peer_version(method: str) -> dict[str, str]:
+    """The version of the package that a peer comes from, where it is not torch itself."""
+    return {"torch-pruning": version("torch-pruning")} if method.startswith("torch_pruning") else {}

@@ -1,0 +1,70 @@
+"""What is compared: our methods as fragments of a recipe, the peers, and dense fine-tuning as the ceiling."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from bench.peers import Peer, TorchGradual, TorchPruning
+from finllm_prune.pruning import CRITERIA
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to a model while it is trained; without rules and without a peer it stays dense.
+
+    Args:
+        recipe: what differs from the protocol's recipe; the rules in it get their sparsity from the command line.
+        peer: makes the callback of another pruner for a sparsity.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    peer: Callable[[float], Peer] | None = None
+
+    @property
+    def dense(self) -> bool:
+        return self.peer is None and "pruning" not in self.recipe
+
+
+def rules(*given: dict[str, Any]) -> Method:
+    """Ours: a recipe with these rules."""
+    return Method({"pruning": {"rules": list(given)}})
+
+
+def unstructured(criterion: str) -> Method:
+    """Single weights, one threshold over the encoder."""
+    return rules({"target": "encoder", "structure": "unstructured", "criterion": criterion, "budget": "global"})
+
+
+def structured(criterion: str) -> Method:
+    """Neurons and heads, the same part of each layer, so that the model gets smaller and faster."""
+    return rules(
+        {"target": "mlp", "structure": "neuron", "criterion": criterion, "budget": "uniform"},
+        {"target": "attention", "structure": "head", "criterion": criterion, "budget": "uniform"},
+    )
+
+
+def on_labels(method: Method) -> Method:
+    """The same without a teacher: as most users would run it."""
+    return replace(method, recipe=method.recipe | {"distillation": None})
+
+
+OTHERS = {
+    "dense": Method(),
+    "torch_gradual": Method(peer=TorchGradual),
+    "torch_pruning_taylor": Method(peer=partial(TorchPruning, importance="taylor")),
+    "torch_pruning_magnitude": Method(peer=partial(TorchPruning, importance="magnitude")),
+}
+
+METHODS = {
+    **OTHERS,
+    **{f"{name}_labels": on_labels(method) for name, method in OTHERS.items()},
+    **{name: unstructured(name) for name in CRITERIA},
+    **{f"structured_{name}": structured(name) for name in CRITERIA},
+    "neurons": rules({"target": "mlp", "structure": "neuron", "criterion": "movement", "budget": "uniform"}),
+}
+
+DEFAULT = [
+    "dense", "movement", "soft_movement", "magnitude", "taylor", "platon", "torch_gradual", "torch_gradual_labels",
+    "structured_movement", "structured_taylor", "structured_magnitude", "torch_pruning_taylor", "torch_pruning_magnitude",
+]  # fmt: skip

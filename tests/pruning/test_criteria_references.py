@@ -1,0 +1,203 @@
+"""Each criterion that observes gradients, against its paper's formulas in plain numpy: 20 steps of changing weights."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from finllm_prune.errors import InputError
+from finllm_prune.pruning import (
+    Block,
+    Criterion,
+    Gradient,
+    Group,
+    Platon,
+    Rule,
+    SecondOrder,
+    Site,
+    Slot,
+    Structure,
+    Taylor,
+    Unstructured,
+    Variance,
+)
+from finllm_prune.pruning.criteria import State, Step
+
+ROWS, COLUMNS, STEPS, TILE = 6, 8, 20, 2
+History = list[tuple[np.ndarray, np.ndarray]]
+Reduce = Callable[[np.ndarray], np.ndarray]
+
+
+def tiles(values: np.ndarray) -> np.ndarray:
+    out = np.zeros((ROWS // TILE, COLUMNS // TILE))
+    for row in range(ROWS):
+        for column in range(COLUMNS):
+            out[row // TILE, column // TILE] += values[row, column]
+    return out
+
+
+STRUCTURES: dict[str, tuple[Structure, Reduce]] = {
+    "unstructured": (Unstructured(), lambda values: values),
+    "block": (Block(TILE, TILE), tiles),
+}
+
+
+def history(seed: int = 0) -> History:
+    rng = np.random.default_rng(seed)
+    first = rng.normal(size=(ROWS, COLUMNS))
+    return [(first + 0.1 * rng.normal(size=first.shape), rng.normal(size=first.shape)) for _ in range(STEPS)]
+
+
+def observed(
+    criterion: Criterion, past: History, structure: Structure | None = None, skip: int = -1
+) -> tuple[Group, State]:
+    """A group whose criterion has seen the history; step number ``skip`` comes with infinite gradients."""
+    parameter = nn.Parameter(torch.tensor(past[0][0], dtype=torch.float32))
+    slot = Slot("layer.weight", parameter, Site("layer"))
+    group = Group("layer", Rule("encoder", 0.5, structure or Unstructured(), criterion), [slot])
+    state = criterion.start(group)
+    for number, (weight, gradient) in enumerate(past):
+        parameter.data = torch.tensor(weight, dtype=torch.float32)
+        parameter.grad = torch.tensor(gradient, dtype=torch.float32)
+        if number == skip:
+            parameter.grad.fill_(torch.inf)
+        criterion.observe(group, state, Step(0.0, 0.1, torch.tensor(float(number == skip))))
+    return group, state
+
+
+def gradient(past: History, reduce: Reduce) -> np.ndarray:
+    mean = np.zeros_like(reduce(past[0][0]))
+    for _, g in past:
+        mean = 0.8 * mean + 0.2 * reduce(np.abs(g))
+    return mean
+
+
+def taylor(past: History, reduce: Reduce) -> np.ndarray:
+    mean = np.zeros_like(reduce(past[0][0]))
+    for w, g in past:
+        mean = 0.8 * mean + 0.2 * np.abs(reduce(g * w))
+    return mean
+
+
+def platon(past: History, reduce: Reduce) -> np.ndarray:
+    mean = np.zeros_like(reduce(past[0][0]))
+    spread = mean.copy()
+    for w, g in past:
+        importance = np.abs(reduce(g * w))
+        mean = 0.7 * mean + 0.3 * importance
+        spread = 0.9 * spread + 0.1 * np.abs(importance - mean)
+    return mean * spread
+
+
+def variance(past: History, reduce: Reduce) -> np.ndarray:
+    """Weighted sums over the whole past instead of a recursion."""
+    ratios = []
+    for series, first in (
+        ([np.sqrt(reduce(w * w)) for w, _ in past], np.sqrt(reduce(past[0][0] ** 2))),
+        ([np.abs(reduce(g * w)) for w, g in past], np.zeros_like(reduce(past[0][0]))),
+    ):
+        values = [first, *series]
+        weights = np.array([0.8 ** len(series)] + [0.2 * 0.8 ** (len(series) - 1 - i) for i in range(len(series))])
+        mean = sum(a * v for a, v in zip(weights, values, strict=True))
+        squares = sum(a * (v - mean) ** 2 for a, v in zip(weights, values, strict=True))
+        ratios.append(mean / (np.sqrt(squares) + 1e-12 + 1e-3 * np.abs(mean)))
+    return ratios[0] * ratios[1]
+
+
+REFERENCES: list[tuple[Criterion, Callable[[History, Reduce], np.ndarray]]] = [
+    (Gradient(decay=0.8), gradient),
+    (Taylor(decay=0.8), taylor),
+    (Platon(beta1=0.7, beta2=0.9), platon),
+    (Variance(decay=0.8), variance),
+]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("criterion", "reference"), REFERENCES)
+def test_scores_equal_the_formulas(criterion: Criterion, reference: Callable, structure: str):
+    cut, reduce = STRUCTURES[structure]
+    group, state = observed(criterion, history(), cut)
+    np.testing.assert_allclose(criterion.score(group, state).numpy(), reference(history(), reduce), rtol=2e-4)
+
+
+@pytest.mark.parametrize("criterion", [criterion for criterion, _ in REFERENCES] + [SecondOrder(block=4, damp=0.1)])
+def test_a_step_with_infinite_gradients_leaves_no_trace(criterion: Criterion):
+    past = history()
+    group, state = observed(criterion, [*past[:9], past[9], *past[10:]], skip=9)
+    other, expected = observed(criterion, [*past[:9], *past[10:]])
+    np.testing.assert_allclose(criterion.score(group, state), criterion.score(other, expected), rtol=1e-6)
+
+
+def fisher(past: History, block: int, gradients: int, damp: float) -> list[np.ndarray]:
+    """The blocks of the empirical Fisher, without any inverse."""
+    flat = [g.reshape(-1) for _, g in past]
+    return [
+        damp * np.eye(block) + sum(np.outer(g[i : i + block], g[i : i + block]) for g in flat) / gradients
+        for i in range(0, ROWS * COLUMNS, block)
+    ]
+
+
+def test_second_order_scores_come_from_the_inverse_of_the_fisher_blocks():
+    criterion = SecondOrder(block=4, gradients=16, damp=0.1)
+    group, state = observed(criterion, history())
+    diagonal = np.concatenate([np.linalg.inv(f).diagonal() for f in fisher(history(), 4, 16, 0.1)])
+    expected = history()[-1][0].reshape(-1) ** 2 / (2.0 * diagonal)
+    np.testing.assert_allclose(criterion.score(group, state).reshape(-1), expected, rtol=1e-3)
+
+
+def test_second_order_takes_a_last_block_that_is_not_full():
+    criterion = SecondOrder(block=10, damp=0.1)
+    group, state = observed(criterion, history())
+    score = criterion.score(group, state)
+    assert score.shape == (ROWS, COLUMNS)
+    assert score.isfinite().all()
+
+
+def test_second_order_moves_the_weights_that_stay_to_the_minimum_of_the_quadratic_loss():
+    criterion = SecondOrder(block=4, gradients=16, damp=0.1)
+    group, state = observed(criterion, history())
+    weight = group.slots[0].parameter.detach().numpy().astype(np.float64).copy()
+    leaving = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    leaving[0, 1] = leaving[2, 4] = True  # one weight of the first block, and one of the fifth
+    criterion.compensate(group, state, leaving)
+    for block, f in enumerate(fisher(history(), 4, 16, 0.1)):
+        old = weight.reshape(-1)[4 * block : 4 * block + 4]
+        new = group.slots[0].parameter.detach().numpy().reshape(-1)[4 * block : 4 * block + 4]
+        gone = leaving.reshape(-1)[4 * block : 4 * block + 4].numpy()
+        if not gone.any():
+            np.testing.assert_array_equal(new, old.astype(np.float32))
+            continue
+        # min over d of d' F d with d = -w where a weight goes: the others solve a linear system.
+        expected = old[~gone] + np.linalg.solve(f[np.ix_(~gone, ~gone)], f[np.ix_(~gone, gone)] @ old[gone])
+        np.testing.assert_allclose(new[~gone], expected, rtol=1e-3)
+
+
+def test_second_order_without_correction_moves_nothing():
+    criterion = SecondOrder(block=4, correct=False)
+    group, state = observed(criterion, history())
+    before = group.slots[0].parameter.detach().clone()
+    criterion.compensate(group, state, torch.ones(ROWS, COLUMNS, dtype=torch.bool))
+    assert torch.equal(group.slots[0].parameter.detach(), before)
+
+
+def test_second_order_refuses_units_of_many_weights():
+    with pytest.raises(InputError, match=r"second_order.*single weights.*taylor"):
+        observed(SecondOrder(), history(), Block(TILE, TILE))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "knobs", "message"),
+    [
+        (Gradient, {"decay": 1.0}, "criterion gradient: decay"),
+        (Taylor, {"decay": -0.1}, "criterion taylor: decay"),
+        (Platon, {"beta2": 1.0}, "criterion platon: beta2"),
+        (Variance, {"decay": 2.0}, "criterion variance: decay"),
+        (SecondOrder, {"damp": 0.0}, "damp above 0"),
+        (SecondOrder, {"block": 0}, "must be at least 1"),
+    ],
+)
+def test_a_knob_out_of_range_is_refused(criterion: type[Criterion], knobs: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        criterion(**knobs)

@@ -1,0 +1,90 @@
+"""Teachers that a recipe names: larger ones, kept logits, and those that cannot teach this model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from finllm_prune.errors import InputError
+from finllm_prune.prepare import prepare
+from finllm_prune.recipe import Recipe, parse
+from finllm_prune.run import run
+from tests import small
+from tests.conftest import LABELS, tiny_model
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Makes a recipe of a tiny model whose teacher lies in the folder ``teacher``."""
+    for name, sizes in {"model": {}, "teacher": {"layers": 4, "hidden": 48, "seed": 3}}.items():
+        tiny_model(**sizes).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+
+    def make(**distillation: Any) -> Recipe:
+        return parse(
+            {
+                "model": str(tmp_path / "model"),
+                "task": {"name": "sentiment", "dataset": str(small.write_folder(tmp_path / "data"))},
+                "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]},
+                "dense": {"training": {"max_steps": 1}},
+                "distillation": {"teacher": str(tmp_path / "teacher"), **distillation},
+                "training": {"max_steps": 3, "use_cpu": True, "disable_tqdm": True},
+                "export": ["masked"],
+                "output": str(tmp_path / "out"),
+            }
+        )
+
+    return make
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises(InputError) as caught:
+        prepare(recipe, resume=False, overwrite=False)
+    assert not recipe.output.with_name("out.partial").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "distillation",
+    [{"layers": "dynamic", "relations": 0.1}, {"cache": True, "hidden": 0.0}],
+    ids=["wider_and_deeper", "kept_logits"],
+)
+def test_a_larger_teacher_leaves_a_plain_model_and_nothing_of_its_own(
+    tmp_path: Path, recipe: Any, distillation: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.few_resamples(monkeypatch)
+    report = run(recipe(**distillation))
+    assert report is not None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "dense", "masked", "plots", "README.md", "report.json", "recipe.yaml"
+    }  # fmt: skip
+    assert (
+        yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["distillation"].items() >= distillation.items()
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "masked")
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+    assert model.config.hidden_size == 32
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path, recipe: Any) -> None:
+    words = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 300)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+    other.save_pretrained(tmp_path / "teacher")
+    assert "reads the texts as other tokens than the model" in refusal(recipe())
+
+
+def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path, recipe: Any) -> None:
+    (tmp_path / "teacher" / "tokenizer.json").unlink()
+    assert refusal(recipe()).startswith("distillation.teacher: ")
+
+
+def test_a_teacher_of_other_labels_is_refused(tmp_path: Path, recipe: Any) -> None:
+    teacher = tiny_model()
+    teacher.config.id2label = dict(enumerate(reversed(LABELS)))
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert "predicts positive, neutral, negative, not negative, neutral, positive in this order" in refusal(recipe())
