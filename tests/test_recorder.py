@@ -1,5 +1,6 @@
 """The flight recorder: exact counts, a gapless table, the log, the plots, and warnings that come when they should."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.plots import draw_record
+from finllm_prune.families import find_family
 from finllm_prune.pruning import (
     Criterion,
     Cubic,
@@ -29,19 +31,27 @@ from finllm_prune.pruning import (
     Unstructured,
 )
 from finllm_prune.pruning.criteria import State, Step
+from finllm_prune.recipe import parse
 from finllm_prune.training import PruningTrainer, Recorder, Recording
 from finllm_prune.training.recorder import SCHEMA
 from tests.conftest import tiny_model
 from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
-from tests.test_trainer import RULES, trainer
+from tests.test_trainer import RULES, rows, trainer
 
+SPANS = Cubic(begin=0.1, end=0.7, freeze=0.9)
 EACH_STEP = Recording(every=1 / 12)
 
 
 def recorded(
-    folder: Path, rules: list[Rule], settings: Recording = EACH_STEP, model: PreTrainedModel | None = None, **arguments: Any
+    folder: Path, rules: list[Rule], settings: Recording = EACH_STEP, model: PreTrainedModel | None = None,
+    callbacks: list[TrainerCallback] | None = None, **arguments: Any,
 ) -> tuple[PruningTrainer, Recorder]:  # fmt: skip
-    run = trainer(folder, rules, model=model, parts={"recording": settings}, **arguments)
+    model = model or tiny_model()
+    plain = trainer(folder, None, model=model, **arguments)
+    pruner = Pruner(find_family("bert").groups(model, rules), SPANS)
+    run = PruningTrainer(
+        model, plain.args, pruner=pruner, recording=settings, train_dataset=rows(), callbacks=callbacks
+    )
     assert run.recorder is not None
     return run, run.recorder
 
@@ -193,7 +203,7 @@ def test_the_last_cut_of_a_run_that_ends_early_is_recorded(tmp_path: Path) -> No
 @pytest.mark.parametrize("criterion", [Magnitude(), Movement()])
 def test_scores_are_those_of_the_whole_weights_and_reading_them_changes_nothing(criterion: Any) -> None:
     model = tiny_model(layers=1)
-    pruner = make_pruner(model, Rule("encoder", 0.6, criterion=criterion))
+    pruner = make_pruner(model, Rule("encoder", 0.6, criterion=criterion), schedule=SPANS)
     train(model, pruner, make_optimizer(model), make_batches(12), range(9))
     before, scores = pruner.state_dict(), pruner.scores()
     for group in pruner.groups:
@@ -217,9 +227,9 @@ def without_gradient() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("kind", ["neuron", "unstructured"])
-def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    run, recorder = recorded(tmp_path, RULES[kind])
+@pytest.mark.parametrize("structure", ["neuron", "unstructured"])
+def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture, structure: str) -> None:
+    run, recorder = recorded(tmp_path, [make_rule(structure, "movement", "uniform")])
     run.train()
     assert recorder.warnings == {}
     assert [record for record in caplog.records if record.name.startswith("finllm_prune")] == []
@@ -311,7 +321,31 @@ def test_the_plots_are_drawn_from_the_file_however_short_the_run(
     assert min(sizes.values()) > 5000
 
 
-@pytest.mark.parametrize("every", [0.0, -0.1, 1.5])
-def test_an_interval_that_is_no_part_of_the_run_is_refused(every: float) -> None:
-    with pytest.raises(InputError, match="recording: every must be a part of the run"):
-        Recording(every=every)
+RECIPE: dict[str, Any] = {
+    "model": "some/model", "task": "sentiment", "output": "outputs/some",
+    "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, Recording()), ({"every": 0.1}, Recording(every=0.1)), (False, None), (None, None)]
+)
+def test_a_recipe_says_how_often_is_recorded(given: Any, expected: Recording | None) -> None:
+    recipe = parse({**RECIPE, "recording": given})
+    assert recipe.recording == expected
+    assert parse(recipe.resolved).recording == expected
+    assert parse(RECIPE).recording == Recording()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"every": 0.0}, "recording: every must be a part of the run, above 0 and at most 1, not 0.0"),
+        ({"every": 1.5}, "recording: every must be a part of the run, above 0 and at most 1, not 1.5"),
+        ({"evry": 0.1}, "recording.evry: unknown key; did you mean 'every'?"),
+        (0.1, "recording: keys and values are expected here, not 0.1"),
+    ],
+)
+def test_a_recipe_that_asks_for_no_interval_is_refused(given: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        parse({**RECIPE, "recording": given})

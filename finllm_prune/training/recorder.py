@@ -147,7 +147,8 @@ class Recorder(TrainerCallback):
         pairs = [_compare(group.name, before, now) for group in self.pruner.groups]
         counts, values = (torch.stack(parts).tolist() for parts in zip(*pairs, strict=True))
         moment: Moment = []
-        for (units, kept, cut, regrown), measured in zip(counts, values, strict=True):
+        for group, (kept, cut, regrown), measured in zip(self.pruner.groups, counts, values, strict=True):
+            units = group.mask.numel()
             row = {
                 "step": step, "progress": self.pruner.progress, "frozen": self.pruner.frozen, "units": units, "kept": kept,
                 "density": kept / units, "cut": cut, "regrown": regrown, "churn": (cut + regrown) / units,
@@ -172,11 +173,11 @@ def _sample(values: Tensor) -> Tensor:
 
 
 def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What one layer did: (units, kept, cut, regrown), and the measured columns of a row; both stay on the device."""
+    """What one layer did: (kept, cut, regrown), and the measured columns of a row; both stay on the device."""
     mask = now[f"{name}/mask"]
     device = mask.device
     was = before[f"{name}/mask"].to(device)
-    counts = torch.stack([torch.ones_like(mask).sum(), mask.sum(), (was & ~mask).sum(), (mask & ~was).sum()])
+    counts = torch.stack([grid.count_nonzero() for grid in (mask, was & ~mask, mask & ~was)])
     weights, old = now[f"{name}/weights"].to(device), before[f"{name}/weights"].to(device)
     kept = (weights != 0) & (old != 0)  # a cut weight is an exact zero
     movement = ((weights - old).abs() * kept).sum() / kept.sum()
@@ -191,10 +192,11 @@ def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tu
 def _summary(moment: Moment) -> dict[str, float]:
     """A moment in the keys of the log: means over layers, whose units may be weights here and heads there."""
     news = {
-        "pruning/density_min": min(row["density"] for row in moment),
-        "pruning/churn": statistics.fmean(row["churn"] for row in moment),
-        "pruning/regrown": statistics.fmean(row["regrown"] / row["units"] for row in moment),
-        "pruning/movement": statistics.fmean(row["movement"] for row in moment),
-        "pruning/score_median": statistics.median(row["score_q50"] for row in moment),
+        "pruning/density_min": [min(row["density"] for row in moment)],
+        "pruning/churn": [row["churn"] for row in moment],
+        "pruning/regrown": [row["regrown"] / row["units"] for row in moment],
+        "pruning/movement": [row["movement"] for row in moment],
+        "pruning/score_median": [row["score_q50"] for row in moment],
     }
-    return {key: value for key, value in news.items() if not math.isnan(value)}
+    measured = {key: [value for value in values if not math.isnan(value)] for key, values in news.items()}
+    return {key: statistics.fmean(values) for key, values in measured.items() if values}

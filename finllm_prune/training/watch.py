@@ -56,7 +56,7 @@ def _collapses(moments: Sequence[Moment], groups: Sequence[Group], schedule: Sch
         return None
     return (
         f"{len(low)} of {len(groups)} layers collapsed at step {moments[-1][0]['step']:.0f} ({low[0]}); "
-        "use a uniform budget or a lower sparsity."
+        "give the budget a floor, use a uniform one, or lower the sparsity."
     )
 
 
