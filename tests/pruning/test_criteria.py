@@ -9,6 +9,8 @@ from finllm_prune.errors import InputError
 from finllm_prune.pruning import (
     CRITERIA,
     Criterion,
+    Cubic,
+    Global,
     Group,
     Magnitude,
     Movement,
@@ -21,6 +23,8 @@ from finllm_prune.pruning import (
     Unstructured,
 )
 from finllm_prune.pruning.criteria import Step
+from tests.conftest import tiny_model
+from tests.pruning.runs import make_batches, make_optimizer, make_pruner, train
 
 
 def make_group(criterion: Criterion, rows: int = 3, columns: int = 4, name: str = "layer") -> Group:
@@ -134,25 +138,25 @@ def test_movement_travels_the_same_way_in_a_short_and_a_long_run(steps: int):
     assert state["scores"].abs().flatten().tolist() == pytest.approx([1.5] * 12, rel=0.12)
 
 
-def test_the_penalty_of_soft_movement_starts_at_the_size_of_the_gradient_unless_it_is_given():
-    free, given = SoftMovement(), SoftMovement(penalty=0.25)
-    group = make_group(free)
-    slot = group.slots[0]
-    state, given_state = free.start(group), given.start(group)
-    free.observe(group, state, step())
-    given.observe(group, given_state, step())
-    assert float(state["penalty"]) == pytest.approx(4.0 * float((slot.weight * slot.gradient).abs().sum()))
-    assert float(given_state["penalty"]) == 0.25
+@pytest.mark.parametrize(("excess", "sign"), [(0.2, -1.0), (-0.2, 1.0)])
+def test_scores_fall_while_the_rule_is_too_dense_and_rise_while_it_is_too_sparse(excess: float, sign: float):
+    criterion = SoftMovement(initial=0.0, gain=60.0)
+    group = make_group(criterion)
+    state = criterion.start(group)
+    criterion.observe(group, state, step(0.0, 0.1, skip=1.0))
+    criterion.steer([state], excess)
+    before = state["scores"].clone()
+    criterion.observe(group, state, step(0.1, 0.2))
+    assert ((state["scores"] - before).sign() == sign).all()
 
 
-def test_the_penalty_of_soft_movement_grows_while_the_rule_is_too_dense_and_shrinks_while_it_is_too_sparse():
-    states = [{"penalty": torch.tensor(2.0)}, {"penalty": torch.tensor(0.5)}]
-    SoftMovement(gain=2.0).steer(states, 0.25)
-    assert [float(state["penalty"]) for state in states] == pytest.approx([2.0 * math.exp(0.5), 0.5 * math.exp(0.5)])
-    SoftMovement(gain=2.0).steer(states, -0.25)
-    assert [float(state["penalty"]) for state in states] == pytest.approx([2.0, 0.5])
-    SoftMovement(gain=0.0).steer(states, 0.25)
-    assert [float(state["penalty"]) for state in states] == pytest.approx([2.0, 0.5])
+def test_soft_movement_follows_its_schedule_without_the_help_of_the_budget():
+    model = tiny_model(layers=1)
+    rule = Rule("encoder", 0.75, Unstructured(), SoftMovement(), Global())
+    pruner = make_pruner(model, rule, schedule=Cubic(0.05, 0.5, 0.9))
+    train(model, pruner, make_optimizer(model), make_batches(120), range(107))
+    assert not pruner.frozen
+    assert pruner.sparsity() == pytest.approx(0.75, abs=0.05)
 
 
 def test_the_cutoff_of_soft_movement_is_where_the_sigmoid_is_the_threshold():

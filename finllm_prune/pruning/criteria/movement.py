@@ -95,20 +95,21 @@ class SoftMovement(LearnedScores):
     """Soft movement pruning (Sanh et al. 2020): kept where ``sigmoid(S) > tau``; a penalty on the scores does the cutting.
 
     The penalty ``lambda * mean(sigmoid(S))`` adds ``lambda * sigmoid(S) (1 - sigmoid(S)) / n`` to the gradient of the
-    scores. lambda follows the schedule: it grows while the rule is denser than is due and shrinks while it is sparser.
-    What is still missing when the masks freeze is cut by the budget, so that the sparsity asked for is the one reached.
+    scores. lambda is steered to the sparsity that is due: it is proportional to the density above the schedule's, and below
+    it turns into a reward that brings units back. What is still off when the masks freeze is settled by the budget, so that
+    the sparsity asked for is the one reached.
 
     Args:
         threshold: tau at the end of the schedule; it grows with the schedule from 0.
-        penalty: lambda at the start; None starts it at the size of the gradient of the scores.
-        gain: how fast lambda follows: it changes by the factor ``exp(gain * excess density)`` at each update; 0 fixes it.
+        penalty: the unit of lambda; None takes, at each step, that at which the penalty equals the mean gradient of the scores.
+        gain: lambda is ``penalty * gain * excess density``; 0 keeps it at ``penalty``, as in the paper.
     """
 
     travel: float = 20.0
     initial: float = 0.1
     threshold: float = 0.1
     penalty: float | None = None
-    gain: float = 2.0
+    gain: float = 60.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,16 +120,14 @@ class SoftMovement(LearnedScores):
 
     def start(self, group: "Group") -> State:
         state = super().start(group)
-        return state | {"penalty": state["scores"].new_full((), math.nan if self.penalty is None else self.penalty)}
+        return state | {"excess": state["scores"].new_zeros(())}
 
     def observe(self, group: "Group", state: State, step: Step) -> None:
         gradient = gate_gradient(group)
-        n, penalty = gradient.numel(), state["penalty"]
-        size = 4.0 * gradient.abs().sum()
-        start = torch.where((step.skip > 0) | (size == 0), math.nan, size)
-        penalty.copy_(torch.where(penalty.isnan(), start, penalty))
+        unit = 4.0 * gradient.abs().sum() if self.penalty is None else self.penalty
+        strength = unit * (self.gain * state["excess"] if self.gain > 0 else 1.0)
         gate = torch.sigmoid(state["scores"])
-        self._descend(state, gradient + penalty.nan_to_num() / n * gate * (1.0 - gate), step)
+        self._descend(state, gradient + strength / gradient.numel() * gate * (1.0 - gate), step)
 
     def cutoff(self, fraction: float) -> float | None:
         tau = self.threshold * fraction
@@ -136,7 +135,7 @@ class SoftMovement(LearnedScores):
 
     def steer(self, states: Iterable[State], excess: float) -> None:
         for state in states:
-            state["penalty"].mul_(math.exp(self.gain * excess))
+            state["excess"].fill_(excess)
 
 
 @dataclass(frozen=True)
