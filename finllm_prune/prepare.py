@@ -26,7 +26,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from finllm_prune.errors import InputError
 from finllm_prune.families import Architecture, find_architecture, find_family
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import Calibrated, refuse_overlap
+from finllm_prune.pruning import Calibrated, Rule, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task
 from finllm_prune.training import refuse_no_chain
@@ -99,7 +99,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
         architecture.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
     groups = architecture.groups(model, recipe.pruning.rules)
     refuse_overlap(groups)
-    _check_fit(recipe, architecture, config)
+    whole = architecture.whole_units(model, recipe.pruning.rules) if recipe.pruning.fill else []
+    _check_fit(recipe, architecture, config, [*recipe.pruning.rules, *(group.rule for group in whole)])
     if isinstance(recipe.pruning.oneshot, Calibrated):
         refuse_no_chain(model, find_family(config.model_type), groups)
     tokenizer = load_tokenizer(location)
@@ -120,9 +121,9 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher)
 
 
-def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig) -> None:
+def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:
     """What a recipe asks for beyond the rules, and not every architecture can give."""
-    shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule) for rule in recipe.pruning.rules)
+    shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule) for rule in rules)
     if "compact" in recipe.export and not shrinks:
         raise InputError(
             f"export: compact can leave out nothing of what these rules cut in a {config.model_type} model; drop compact "

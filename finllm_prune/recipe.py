@@ -30,6 +30,7 @@ from finllm_prune.pruning import (
     OneShot,
     Rule,
     Schedule,
+    refuse_unfillable,
     refuse_unfit,
 )
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
@@ -77,11 +78,14 @@ class Pruning:
     Args:
         oneshot: chooses the final masks before training, which then tunes what is left (or nothing, with
             ``training.num_train_epochs: 0``); the criteria of the rules and the schedule do not matter then.
+        fill: when the masks freeze, heads and neurons of which anything is left are dense again and the others go
+            (``finllm_prune.pruning.filling``); the final sparsity is what results.
     """
 
     rules: list[Rule]
     schedule: Schedule = field(default_factory=Cubic)
     oneshot: OneShot | None = None
+    fill: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ def parse(data: dict[str, Any]) -> Recipe:
     for name in recipe.export:
         find_format(name)
     check_gates(recipe.gates)
-    shrinks = recipe.model.keep_layers or any(rule.structure.couples for rule in recipe.pruning.rules)
+    couples = recipe.pruning.fill or any(rule.structure.couples for rule in recipe.pruning.rules)
+    shrinks = recipe.model.keep_layers or couples
     if "compact" in recipe.export and not shrinks:
         raise InputError(
             "export: no rule removes whole neurons, heads or layers, so compact would be as large as masked; "
@@ -188,8 +193,15 @@ def _pruning(data: Any) -> Pruning:
         )
     rules = [_rule(rule, f"pruning.rules.{i}") for i, rule in enumerate(given)]
     schedule = _named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
+    fill = typed(bool, settings.get("fill", False), "pruning.fill")
+    if fill:
+        refuse_unfillable(rules)
     if settings.get("oneshot") in (None, False):
-        return Pruning(rules, schedule)
+        return Pruning(rules, schedule, fill=fill)
+    if fill:
+        raise InputError(
+            "pruning.fill: masks that are chosen in one shot leave something of every head and neuron; remove fill or oneshot"
+        )
     oneshot = _named(ONESHOT, settings["oneshot"], "pruning.oneshot")
     refuse_unfit(oneshot, rules)
     # A criterion that waits for gradients would only hold memory.

@@ -88,7 +88,9 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, l
     if recipe.model.keep_layers is not None:
         architecture.keep_layers(student, recipe.model.keep_layers)
     teacher, rows = _teacher(ready, student, depth)
-    pruner = Pruner(architecture.groups(student, recipe.pruning.rules), recipe.pruning.schedule)
+    rules = recipe.pruning.rules
+    fill = architecture.whole_units(student, rules) if recipe.pruning.fill else []
+    pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill)
     trainer = _trainer(
         ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording
     )

@@ -17,6 +17,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.evaluation.plots import draw_record
 from finllm_prune.families import find_family
 from finllm_prune.pruning import (
+    Block,
     Criterion,
     Cubic,
     Global,
@@ -44,11 +45,12 @@ EACH_STEP = Recording(every=1 / 12)
 
 def recorded(
     folder: Path, rules: list[Rule], settings: Recording = EACH_STEP, model: PreTrainedModel | None = None,
-    callbacks: list[TrainerCallback] | None = None, **arguments: Any,
+    callbacks: list[TrainerCallback] | None = None, fill: bool = False, **arguments: Any,
 ) -> tuple[PruningTrainer, Recorder]:  # fmt: skip
     model = model or tiny_model()
     plain = trainer(folder, None, model=model, **arguments)
-    pruner = Pruner(find_family("bert").groups(model, rules), SPANS)
+    family = find_family("bert")
+    pruner = Pruner(family.groups(model, rules), SPANS, family.whole_units(model, rules) if fill else [])
     run = PruningTrainer(
         model, plain.args, pruner=pruner, recording=settings, train_dataset=rows(), callbacks=callbacks
     )
@@ -152,18 +154,45 @@ def test_movement_is_the_mean_over_the_weights_that_are_kept_at_both_ends() -> N
     assert row["score_q50"] == 2.25
 
 
-def test_a_resumed_run_has_the_table_of_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_resumed_run_has_the_table_of_an_undisturbed_one(tmp_path: Path, fill: bool) -> None:
     """Moments lie at 3, 6, 9 and 12, so that the checkpoints 4 and 11 fall between two of them."""
     every = Recording(every=0.25)
-    whole, one = recorded(tmp_path / "whole", RULES["block"], every, callbacks=[Save([4, 11, 12])])
+    whole, one = recorded(tmp_path / "whole", RULES["block"], every, callbacks=[Save([4, 11, 12])], fill=fill)
     whole.train()
     assert one.table().column("step").unique().to_pylist() == [3, 6, 9, 12]
     for step in (4, 11, 12):
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
-        resumed, other = recorded(tmp_path / "resumed", RULES["block"], every, resume_from_checkpoint=checkpoint)
+        resumed, other = recorded(
+            tmp_path / "resumed", RULES["block"], every, fill=fill, resume_from_checkpoint=checkpoint
+        )
         resumed.train(resume_from_checkpoint=checkpoint)
         assert other.table().equals(one.table())
         assert other.warnings == one.warnings
+
+
+def test_filled_heads_and_neurons_take_the_place_of_their_matrices_in_the_table(tmp_path: Path) -> None:
+    model = tiny_model()
+    for block in model.bert.encoder.layer:
+        block.output.dense.weight.data[:, :16] = 0.0
+    rules = [Rule("mlp", 0.5, Block(8, 8), Magnitude())]
+    run, recorder = recorded(tmp_path, rules, model=model, fill=True, learning_rate=1e-6, weight_decay=0.0)
+    run.train()
+    table = recorder.table().to_pandas()
+    fine, whole = table[~table["frozen"]], table[table["frozen"]]
+    assert fine["step"].unique().tolist() == list(range(1, 11))
+    assert whole["step"].tolist() == [11, 11, 12, 12]
+    assert fine["layer"].nunique() == 4
+    assert whole["layer"].tolist() == ["bert.encoder.layer.0.mlp", "bert.encoder.layer.1.mlp"] * 2
+    gone = 64 - whole["kept"].to_numpy()
+    assert (gone >= 16).all(), "those that write nothing"
+    assert whole["cut"].tolist() == [*gone[:2], 0, 0]
+    assert whole["movement"].isna().tolist() == [True, True, False, False]
+    assert whole["score_q50"].isna().all()
+    assert [round(row["sparsity"], 6) for row in run.state.log_history if "sparsity" in row][-1] == gone[:2].mean() / 64
+    recorder.save(tmp_path / "record.parquet")
+    draw_record(tmp_path / "record.parquet", tmp_path / "plots")
+    assert (tmp_path / "plots" / "scores.png").stat().st_size > 0
 
 
 def test_the_parquet_file_says_what_its_columns_are(tmp_path: Path) -> None:

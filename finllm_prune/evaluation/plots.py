@@ -59,6 +59,8 @@ def _churn(table: pd.DataFrame, path: Path) -> None:
 
 def _scores(table: pd.DataFrame, path: Path) -> None:
     """One panel per kind of layer: rules may differ between kinds, and with them the scale of the scores."""
+    scored = table[table.groupby("layer")["score_q50"].transform("count") > 0]  # filled layers begin without scores
+    table = table if scored.empty else scored
     kinds = table.groupby(table["layer"].map(lambda layer: _place(layer)[1]), sort=False)
     rows = -(-len(kinds) // 3)
     figure, axes = plt.subplots(

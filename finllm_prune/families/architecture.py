@@ -25,6 +25,14 @@ class Architecture:
         """
         return [group for rule in rules for group in self._resolve(model, rule)]
 
+    def whole_units(self, model: nn.Module, rules: list[Rule]) -> list[Group]:
+        """The heads and neurons of what the rules cut matrix by matrix: what ``pruning.fill`` makes dense or takes out.
+
+        Raises:
+            InputError: they are not known.
+        """
+        raise InputError(f"pruning.fill: {undeclared(model)}, so its heads and neurons are not known; remove the key")
+
     def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
         """Path -> every prunable linear layer: the denominator "encoder". A weight that layers share is there once."""
         return _base_linears(model)

@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.families.architecture import Architecture, as_slot, missing, structure_name
-from finllm_prune.pruning import Group, Rule, Site, Slot
+from finllm_prune.pruning import Group, Head, Magnitude, Neuron, Rule, Site, Slot, Structure
 
 TARGETS = {"attention": ("attention",), "mlp": ("mlp",), "encoder": ("attention", "mlp")}
+_WHOLE: dict[str, Structure] = {"attention": Head(), "mlp": Neuron()}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,21 @@ class Family(Architecture):
         inputs = (*declared.inputs, *(path for path in declared.optional if path in names))
         output = Site(f"{prefix}.{declared.output}", 1, 1, heads, block, len(layers))
         return [*(replace(output, path=f"{prefix}.{path}", axis=0, fused=declared.fused) for path in inputs), output]
+
+    def whole_units(self, model: PreTrainedModel, rules: list[Rule]) -> list[Group]:  # type: ignore[override]
+        groups = []
+        for rule in rules:
+            if rule.structure.couples:
+                continue
+            if rule.target not in TARGETS:
+                raise InputError(
+                    f"pruning.fill: target '{rule.target}' is a pattern, which may match half a head or neuron; "
+                    "use attention, mlp or encoder, or remove the key"
+                )
+            for part in TARGETS[rule.target]:
+                # The masks of the rule choose, so its criterion is asked nothing any more.
+                groups += self._resolve(model, Rule(part, rule.sparsity, _WHOLE[part], Magnitude()))
+        return groups
 
     def linears(self, model: PreTrainedModel) -> dict[str, nn.Linear]:  # type: ignore[override]
         sites = [

@@ -15,6 +15,7 @@ from finllm_prune.pruning.criteria import (
     Taylor,
     Variance,
 )
+from finllm_prune.pruning.filling import refuse_unfillable
 from finllm_prune.pruning.groups import Group, Rule, Slot
 from finllm_prune.pruning.oneshot import ONESHOT, Calibrated, OneShot, SparseGPT, Wanda, pattern_of, refuse_unfit
 from finllm_prune.pruning.pruner import Pruner, refuse_overlap
@@ -28,5 +29,5 @@ __all__ = [
     "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner", "Random",
     "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
     "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
-    "pattern_of", "refuse_overlap", "refuse_unfit",
+    "pattern_of", "refuse_overlap", "refuse_unfillable", "refuse_unfit",
 ]  # fmt: skip

@@ -17,12 +17,14 @@ equal on all ranks when ``before_step`` runs, and so are the masks.
 
 import hashlib
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from finllm_prune.errors import InputError
 from finllm_prune.pruning.criteria import State, Step
+from finllm_prune.pruning.filling import survivors
 from finllm_prune.pruning.groups import Group, Rule
 from finllm_prune.pruning.schedules import Schedule
 
@@ -37,17 +39,29 @@ class Pruner:
     Args:
         groups: what is cut, resolved on the model that is trained (``Family.groups``).
         schedule: how fast.
+        fill: the heads and neurons that are made dense or taken out when the masks freeze (``Family.whole_units``); they
+            take the place of the groups that cut the same matrices.
+
+    Attributes:
+        stages: the groups until the masks freeze, and those from then on; without ``fill`` the same list.
     """
 
-    def __init__(self, groups: list[Group], schedule: Schedule):
+    def __init__(self, groups: list[Group], schedule: Schedule, fill: Sequence[Group] = ()):
         refuse_overlap(groups)
-        self.groups = groups
+        filled = {slot.name for group in fill for slot in group.slots}
+        rest = [group for group in groups if not any(slot.name in filled for slot in group.slots)]
+        self.stages = (groups, [*rest, *fill] if fill else groups)
         self.schedule = schedule
         self.progress = 0.0
         self.frozen = False
         self.skipped = torch.zeros((), device=groups[0].mask.device)
         self._states: dict[str, State] = {group.name: group.rule.criterion.start(group) for group in groups}
         self._step = Step(0.0, 0.0, torch.zeros_like(self.skipped))
+
+    @property
+    def groups(self) -> list[Group]:
+        """What is cut now."""
+        return self.stages[self.frozen]
 
     @torch.no_grad()
     def before_step(self, progress: float, skip: Tensor | None = None) -> None:
@@ -103,9 +117,9 @@ class Pruner:
         """Take final masks that were chosen elsewhere, by group name: what they cut is zero from now on."""
         for group in self.groups:
             group.set_mask(masks[group.name])
+        self._freeze()
+        for group in self.groups:
             group.zero()
-        self.frozen = True
-        self._states = {name: {} for name in self._states}
 
     def masks(self) -> dict[str, Tensor]:
         """Group name -> boolean unit grid, True where kept."""
@@ -162,7 +176,7 @@ class Pruner:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state_dict``, on the model whose weights were saved with it."""
         frozen = bool(state.get("frozen", False))
-        expected = {f"{group.name}/mask": group.mask.shape for group in self.groups}
+        expected = {f"{group.name}/mask": group.mask.shape for group in self.stages[frozen]}
         if not frozen:
             expected |= {
                 f"{name}/state/{key}": tensor.shape for name, own in self._states.items() for key, tensor in own.items()
@@ -177,7 +191,7 @@ class Pruner:
         device = self.groups[0].slots[0].parameter.device
         self.progress = float(state["progress"])
         self.skipped = state["skipped"].to(device, copy=True)
-        self.frozen = bool(state["frozen"])
+        self.frozen, self._states = frozen, {}
         for group in self.groups:
             group.set_mask(state[f"{group.name}/mask"].to(device))
             prefix = f"{group.name}/state/"
@@ -257,8 +271,27 @@ class Pruner:
         if final:
             for group in self.groups:
                 group.rewind()
-            self.frozen = True
-            self._states = {name: {} for name in self._states}
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """The masks are final. Where they are filled, the groups of heads and neurons go on from here, on whole weights."""
+        before, after = self.stages
+        fine = self.sparsity()
+        pruned = {slot.name: slot.pruned for group in before for slot in group.slots}
+        for group in after:
+            if group not in before:
+                group.set_mask(survivors(group, pruned))
+        for group in before:
+            if group not in after:
+                group.set_mask(torch.ones_like(group.mask))
+                group.park()
+        self.frozen = True
+        self._states = {group.name: {} for group in after}
+        if after is not before:
+            logger.info(
+                "Filled: %.1f%% of the targeted weights were cut; whole heads and neurons with %.1f%% of them are gone, "
+                "and the others are dense again.", 100 * fine, 100 * self.sparsity(),
+            )  # fmt: skip
 
     def _no_order(self, rule: Rule, final: bool) -> None:
         name = type(rule.criterion).__name__

@@ -5,6 +5,7 @@ nothing is computed and nothing waits for the device. What describes many values
 sample of about 4,096 per matrix; what is counted (masks) is counted exactly.
 """
 
+import itertools
 import logging
 import math
 import statistics
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import Pruner
+from finllm_prune.pruning import Group, Pruner
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.watch import Moment, watch
 
@@ -72,6 +73,7 @@ class Recorder(TrainerCallback):
 
     Attributes:
         moments: per moment, one row of numbers per group of the Pruner, in its order; NaN where nothing can be measured.
+            Where the masks are filled, the groups are others from the freeze on, and so are the rows.
         warnings: kind -> sentence, each said once.
     """
 
@@ -85,8 +87,11 @@ class Recorder(TrainerCallback):
 
     def table(self) -> pa.Table:
         """All moments, with ``SCHEMA``, whose fields carry a description."""
-        layers = [group.name for group in self.pruner.groups]
-        rows = [{**row, "layer": layer} for moment in self.moments for layer, row in zip(layers, moment, strict=True)]
+        rows = [
+            {**row, "layer": group.name}
+            for moment in self.moments
+            for group, row in zip(self._groups(moment), moment, strict=True)
+        ]
         columns = [pa.array([row[field.name] for row in rows], from_pandas=True).cast(field.type) for field in SCHEMA]
         return pa.Table.from_arrays(columns, schema=SCHEMA)
 
@@ -107,8 +112,9 @@ class Recorder(TrainerCallback):
             self._before = self._look()
             return
         saved = load_beside(args, state, _STATE_FILE)
-        for moment in saved.pop("moments").tolist():
-            self.moments.append([dict(zip(_NUMBERS, row, strict=True)) for row in moment])
+        rows = [dict(zip(_NUMBERS, row, strict=True)) for row in saved.pop("rows").tolist()]
+        for _, moment in itertools.groupby(rows, lambda row: (row["step"], row["frozen"])):
+            self.moments.append(list(moment))
             self.warnings = self._watch() | self.warnings
         self._before = saved
 
@@ -118,9 +124,8 @@ class Recorder(TrainerCallback):
             self._record(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        rows = [[[row[name] for name in _NUMBERS] for row in moment] for moment in self.moments]
-        moments = torch.tensor(rows, dtype=torch.float64)
-        save_beside(args, state, _STATE_FILE, self._before | {"moments": moments})
+        rows = [[row[name] for name in _NUMBERS] for moment in self.moments for row in moment]
+        save_beside(args, state, _STATE_FILE, self._before | {"rows": torch.tensor(rows, dtype=torch.float64)})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,7 +168,13 @@ class Recorder(TrainerCallback):
                 logger.warning("%s", sentence)
 
     def _watch(self) -> dict[str, str]:
-        return watch(self.moments, self.pruner.groups, self.pruner.schedule)
+        groups = self._groups(self.moments[-1])
+        alike = [moment for moment in self.moments if self._groups(moment) is groups]
+        return watch(alike, groups, self.pruner.schedule)
+
+    def _groups(self, moment: Moment) -> list[Group]:
+        """What the rows of a moment stand for."""
+        return self.pruner.stages[bool(moment[0]["frozen"])]
 
 
 def _sample(values: Tensor) -> Tensor:
@@ -176,9 +187,11 @@ def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tu
     """What one layer did: (kept, cut, regrown), and the measured columns of a row; both stay on the device."""
     mask = now[f"{name}/mask"]
     device = mask.device
-    was = before[f"{name}/mask"].to(device)
+    # A layer of filled heads or neurons begins whole, when the masks freeze; how it moved until then is not known.
+    was = before.get(f"{name}/mask", torch.ones_like(mask)).to(device)
     counts = torch.stack([grid.count_nonzero() for grid in (mask, was & ~mask, mask & ~was)])
-    weights, old = now[f"{name}/weights"].to(device), before[f"{name}/weights"].to(device)
+    weights = now[f"{name}/weights"].to(device)
+    old = before.get(f"{name}/weights", torch.full_like(weights, math.nan)).to(device)
     kept = (weights != 0) & (old != 0)  # a cut weight is an exact zero
     movement = ((weights - old).abs() * kept).sum() / kept.sum()
     scores = now.get(f"{name}/scores")

@@ -38,7 +38,9 @@ def run(cell: Cell, protocol: Protocol) -> Row:
     parts: dict[str, Any] = {"teacher": Teacher(dense, plan.distillation, layers) if plan.distillation else None}
     pruner = None
     if "pruning" in method.recipe:
-        pruner = parts["pruner"] = Pruner(family.groups(student, plan.pruning.rules), plan.pruning.schedule)
+        rules = plan.pruning.rules
+        fill = family.whole_units(student, rules) if plan.pruning.fill else []
+        pruner = parts["pruner"] = Pruner(family.groups(student, rules), plan.pruning.schedule, fill)
     if method.peer:
         parts["callbacks"] = [method.peer(cell.sparsity)]
     started = time.time()
