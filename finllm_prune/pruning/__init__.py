@@ -3,6 +3,7 @@
 from finllm_prune.pruning.budgets import BUDGETS, Budget, Global, Sensitivity, Uniform
 from finllm_prune.pruning.criteria import (
     CRITERIA,
+    L0,
     Criterion,
     Gradient,
     Magnitude,
@@ -24,7 +25,7 @@ from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, E
 from finllm_prune.pruning.structures import NM, STRUCTURES, Block, Head, Layer, Neuron, Site, Structure, Unstructured
 
 __all__ = [
-    "BUDGETS", "CRITERIA", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
+    "BUDGETS", "CRITERIA", "L0", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
     "Block", "Budget", "Calibrated", "Constant", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient", "Group",
     "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner", "Random",
     "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",

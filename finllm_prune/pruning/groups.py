@@ -48,6 +48,7 @@ class Slot:
         self.site = site
         self.parked: Tensor | None = None
         self.pruned: Tensor | None = None
+        self.gate: Tensor | None = None
         self.origin: Tensor | None = None
 
     @property
@@ -65,7 +66,8 @@ class Group:
     """The slots that share one unit grid: a matrix alone, or the coupled matrices and biases of an MLP or attention.
 
     ``mask`` (bool, the grid's shape) is True where a unit is kept. While a unit is cut its weights are exact zeros in
-    the model, and their values are *parked*: ``W = weight + parked``.
+    the model, and their values are *parked*: ``W = weight + parked``. A ``gate`` (fp32, 0 to 1) weighs the units that are
+    kept: the model holds ``gate * W``, and what is missing is parked.
     """
 
     def __init__(self, name: str, rule: Rule, slots: list[Slot]):
@@ -77,6 +79,7 @@ class Group:
             raise InputError(f"{name}: its matrices do not share one unit grid ({sorted(map(tuple, shapes))})")
         self.mask = torch.ones(shapes.pop(), dtype=torch.bool, device=slots[0].parameter.device)
         self.cut = False
+        self.gate: Tensor | None = None
         rule.criterion.check(self)
 
     def sum(self, value: Callable[[Slot], Tensor]) -> Tensor:
@@ -87,12 +90,15 @@ class Group:
             total = total + structure.reduce(value(slot), slot.site)
         return total
 
-    def set_mask(self, mask: Tensor) -> None:
+    def set_mask(self, mask: Tensor, gate: Tensor | None = None) -> None:
         """Take a new mask; the weights follow at the next ``park``."""
-        self.mask = mask
+        self.mask, self.gate = mask, gate
         self.cut = not bool(mask.all())
         for slot in self.slots:
             slot.pruned = self.rule.structure.expand(~mask, slot.weight, slot.site) if self.cut else None
+            slot.gate = None
+            if gate is not None:
+                slot.gate = self.rule.structure.expand(gate.to(slot.weight.dtype), slot.weight, slot.site)
 
     def unpark(self) -> None:
         """Whole weights again: the optimizer's momentum and decay act on cut weights as on any other."""
@@ -107,18 +113,25 @@ class Group:
                 slot.parameter.grad = None
             elif slot.pruned is not None and (gradient := slot.gradient) is not None:
                 gradient.masked_fill_(slot.pruned, 0)
+            if slot.gate is not None and (gradient := slot.gradient) is not None:
+                gradient.mul_(slot.gate)
 
     def park(self) -> None:
         """Move the values of cut weights beside the model, exactly: ``W - 0 = W`` there and ``W - W = 0`` elsewhere."""
         for slot in self.slots:
-            if slot.pruned is None:
-                slot.parked = None
-                continue
             if slot.parked is None:
                 slot.parked = torch.empty_like(slot.weight)
-            slot.parked.copy_(slot.weight)
-            slot.weight.masked_fill_(slot.pruned, 0)
-            slot.parked.sub_(slot.weight)
+            if slot.gate is not None:
+                # The larger of the two parts is at least half of W, so one of the subtractions is exact (Sterbenz), and
+                # W comes back to the bit.
+                slot.parked.copy_(slot.weight - slot.weight * slot.gate)
+                slot.weight.sub_(slot.parked)
+            elif slot.pruned is not None:
+                slot.parked.copy_(slot.weight)
+                slot.weight.masked_fill_(slot.pruned, 0)
+                slot.parked.sub_(slot.weight)
+            else:
+                slot.parked = None
 
     def remember(self) -> None:
         """Keep the whole weights of now, the first time, for a later ``rewind``."""

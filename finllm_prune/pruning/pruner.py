@@ -98,8 +98,14 @@ class Pruner:
         for group in self.groups:
             if self.frozen:
                 group.zero()
-            else:
-                group.park()
+                continue
+            state = self._states[group.name]
+            if (
+                self.progress >= self.schedule.begin
+                and (gate := group.rule.criterion.gate(group, state, self.progress)) is not None
+            ):
+                group.set_mask(gate > 0, gate)
+            group.park()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -166,6 +172,8 @@ class Pruner:
         }
         for group in self.groups:
             state[f"{group.name}/mask"] = group.mask
+            if group.gate is not None:
+                state[f"{group.name}/gate"] = group.gate
             for key, tensor in self._states[group.name].items():
                 state[f"{group.name}/state/{key}"] = tensor
             for slot in group.slots:
@@ -193,7 +201,8 @@ class Pruner:
         self.skipped = state["skipped"].to(device, copy=True)
         self.frozen, self._states = frozen, {}
         for group in self.groups:
-            group.set_mask(state[f"{group.name}/mask"].to(device))
+            gate = state.get(f"{group.name}/gate")
+            group.set_mask(state[f"{group.name}/mask"].to(device), None if gate is None else gate.to(device, copy=True))
             prefix = f"{group.name}/state/"
             self._states[group.name] = {
                 key.removeprefix(prefix): tensor.to(device, copy=True)
@@ -219,7 +228,7 @@ class Pruner:
         self.skipped = self.skipped.to(device)
         self._states = {name: {key: t.to(device) for key, t in state.items()} for name, state in self._states.items()}
         for group in self.groups:
-            group.set_mask(group.mask.to(device))
+            group.set_mask(group.mask.to(device), None if group.gate is None else group.gate.to(device))
             for slot in group.slots:
                 for key in _KEPT:
                     kept = getattr(slot, key)

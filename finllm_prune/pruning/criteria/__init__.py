@@ -1,6 +1,7 @@
 """Who survives: a score per unit, high = keep. One idea, one class; a new one is listed at the foot."""
 
 from finllm_prune.pruning.criteria.criterion import Criterion, State, Step
+from finllm_prune.pruning.criteria.l0 import L0
 from finllm_prune.pruning.criteria.magnitude import Magnitude, Random
 from finllm_prune.pruning.criteria.movement import Movement, ScoreMovement, SoftMovement
 from finllm_prune.pruning.criteria.second_order import SecondOrder
@@ -8,7 +9,7 @@ from finllm_prune.pruning.criteria.sensitivity import Gradient, Platon, Taylor, 
 
 __all__ = [
     "CRITERIA",
-    "Criterion", "Gradient", "Magnitude", "Movement", "Platon", "Random", "ScoreMovement", "SecondOrder", "SoftMovement",
+    "L0", "Criterion", "Gradient", "Magnitude", "Movement", "Platon", "Random", "ScoreMovement", "SecondOrder", "SoftMovement",
     "State", "Step", "Taylor", "Variance",
 ]  # fmt: skip
 
@@ -16,6 +17,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "movement": Movement,
     "soft_movement": SoftMovement,
     "score_movement": ScoreMovement,
+    "l0": L0,
     "magnitude": Magnitude,
     "gradient": Gradient,
     "taylor": Taylor,

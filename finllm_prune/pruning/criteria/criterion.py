@@ -62,6 +62,10 @@ class Criterion:
     def steer(self, states: Iterable[State], excess: float) -> None:
         """Told how much denser a rule is than the schedule asks, where ``cutoff`` decides."""
 
+    def gate(self, group: "Group", state: State, now: float) -> Tensor | None:
+        """Weights of the units (fp32, 0 to 1) in the next forward, at progress ``now``; None leaves it to the mask."""
+        return None
+
     def compensate(self, group: "Group", state: State, leaving: Tensor) -> None:
         """Units of the grid are about to be cut (True in ``leaving``): the whole weights may be corrected for it."""
 

@@ -91,51 +91,64 @@ class Movement(LearnedScores):
 
 
 @dataclass(frozen=True)
-class SoftMovement(LearnedScores):
-    """Soft movement pruning (Sanh et al. 2020): kept where ``sigmoid(S) > tau``; a penalty on the scores does the cutting.
+class SteeredScores(LearnedScores):
+    """Scores that are the logits of staying: a penalty on ``mean(sigmoid(S))`` does the cutting.
 
-    The penalty ``lambda * mean(sigmoid(S))`` adds ``lambda * sigmoid(S) (1 - sigmoid(S)) / n`` to the gradient of the
-    scores. lambda is steered to the sparsity that is due: it is proportional to the density above the schedule's, and below
-    it turns into a reward that brings units back. What is still off when the masks freeze is settled by the budget, so that
-    the sparsity asked for is the one reached.
+    The penalty adds ``lambda * sigmoid(S) (1 - sigmoid(S)) / n`` to the gradient of the scores. lambda is steered to the
+    sparsity that is due: it is proportional to the density above the schedule's, and below it turns into a reward that
+    brings units back. What is still off when the masks freeze is settled by the budget, so that the sparsity asked for is
+    the one reached.
 
     Args:
-        threshold: tau at the end of the schedule; it grows with the schedule from 0.
         penalty: the unit of lambda; None takes, at each step, that at which the penalty equals the mean gradient of the scores.
         gain: lambda is ``penalty * gain * excess density``; 0 keeps it at ``penalty``, as in the paper.
     """
 
-    travel: float = 20.0
-    initial: float = 0.1
-    threshold: float = 0.1
     penalty: float | None = None
     gain: float = 60.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1 or self.gain < 0:
-            raise InputError(
-                "criterion soft_movement: threshold must lie between 0 and 1 and gain must not be negative"
-            )
+        if self.gain < 0:
+            raise InputError(f"criterion soft_movement or l0: gain must not be negative, not {self.gain}")
 
     def start(self, group: "Group") -> State:
         state = super().start(group)
         return state | {"excess": state["scores"].new_zeros(())}
 
-    def observe(self, group: "Group", state: State, step: Step) -> None:
-        gradient = gate_gradient(group)
+    def steer(self, states: Iterable[State], excess: float) -> None:
+        for state in states:
+            state["excess"].fill_(excess)
+
+    def _descend(self, state: State, gradient: Tensor, step: Step) -> None:
         unit = 4.0 * gradient.abs().sum() if self.penalty is None else self.penalty
         strength = unit * (self.gain * state["excess"] if self.gain > 0 else 1.0)
         gate = torch.sigmoid(state["scores"])
-        self._descend(state, gradient + strength / gradient.numel() * gate * (1.0 - gate), step)
+        super()._descend(state, gradient + strength / gradient.numel() * gate * (1.0 - gate), step)
+
+
+@dataclass(frozen=True)
+class SoftMovement(SteeredScores):
+    """Soft movement pruning (Sanh et al. 2020): kept where ``sigmoid(S) > tau``, under a steered penalty.
+
+    Args:
+        threshold: tau at the end of the schedule; it grows with the schedule from 0.
+    """
+
+    travel: float = 20.0
+    initial: float = 0.1
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold < 1:
+            raise InputError(
+                f"criterion soft_movement: threshold must lie between 0 and 1 (exclusive), not {self.threshold}"
+            )
 
     def cutoff(self, fraction: float) -> float | None:
         tau = self.threshold * fraction
         return math.log(tau / (1.0 - tau)) if tau > 0 else -math.inf
-
-    def steer(self, states: Iterable[State], excess: float) -> None:
-        for state in states:
-            state["excess"].fill_(excess)
 
 
 @dataclass(frozen=True)
