@@ -237,7 +237,7 @@ def test_verify_wants_an_exported_folder(call: Call, finished: Path, capsys: pyt
     ("override", "expected"),
     [
         ("training.learning_rat=1", "training.learning_rat: unknown key; did you mean 'learning_rate'?"),
-        ("pruning.schedule={name: cubic, begin: 0.8}", "begin=0.8, end=0.7"),
+        ("pruning.schedule={name: cubic, begin: 0.8}", "begin=0.8, end=0.5"),
         ("pruning.rules.0.target=mpl", "structure neuron exists in target mlp only, not in mpl; set target: mlp"),
         ("task.dataset=/no/such/folder", "there is no folder '/no/such/folder'"),
         ("task.text_column=sentence", "there is no column 'sentence' (task.text_column)"),
