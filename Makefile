@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# One process per core, each with one torch thread; a file's tests stay together, as they share what they train.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test test-fast check bench clean
 
@@ -10,10 +12,10 @@ quickstart: $(STAMP)  ## one complete run on embedded data: dense, pruned, prove
 	$(BIN)/finllm-prune run recipes/quickstart.yaml --overwrite
 
 test: check  ## lint, types, all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(STAMP)  ## the tests that train nothing real: under three minutes
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
 
 check: $(STAMP)  ## lint and types
 	$(BIN)/ruff check .

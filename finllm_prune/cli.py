@@ -73,6 +73,8 @@ def evaluate(
     """Measure a model on a test split; with --baseline, hold it against the dense one."""
     from finllm_prune.saved import evaluate_saved
 
+    if json_file is not None and not json_file.parent.is_dir():
+        raise InputError(f"--json: there is no folder {json_file.parent}; make it first, or name another file")
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length)
     _print_rows(rows, f"{model} on {dataset}")
     if json_file is not None:

@@ -203,6 +203,24 @@ def test_inspect_shows_every_layer_with_its_sparsity(
     assert "6,144 weights" in compact[-1]
 
 
+def test_inspect_of_damaged_weights_is_one_line(
+    call: Call, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / "masked", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not a model")
+    assert call("inspect", tmp_path / "damaged") == 2
+    error = capsys.readouterr().err
+    assert "damaged: its weights cannot be loaded" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_json_file_in_a_folder_that_does_not_exist_is_told_before_the_evaluation(
+    call: Call, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("evaluate", finished / "masked", "--json", tmp_path / "none" / "figures.json") == 2
+    assert "make it first" in capsys.readouterr().err
+
+
 def test_verify_proves_what_a_run_wrote(call: Call, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("masked", "compact"):
         assert call("verify", finished / name) == 0
@@ -237,7 +255,7 @@ def test_verify_wants_an_exported_folder(call: Call, finished: Path, capsys: pyt
     ("override", "expected"),
     [
         ("training.learning_rat=1", "training.learning_rat: unknown key; did you mean 'learning_rate'?"),
-        ("pruning.schedule={name: cubic, begin: 0.8}", "begin=0.8, end=0.7"),
+        ("pruning.schedule={name: cubic, begin: 0.8}", "begin=0.8, end=0.5"),
         ("pruning.rules.0.target=mpl", "structure neuron exists in target mlp only, not in mpl; set target: mlp"),
         ("task.dataset=/no/such/folder", "there is no folder '/no/such/folder'"),
         ("task.text_column=sentence", "there is no column 'sentence' (task.text_column)"),

@@ -32,6 +32,8 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         rows=report.rows(),
         report=report.to_dict(),
         verdict=_verdict(report),
+        base_model=_linked(run["base_model"]["name"]),
+        keep_layers=run["recipe"]["model"]["keep_layers"],
         rules=run["recipe"]["pruning"]["rules"],
         schedule=run["recipe"]["pruning"]["schedule"],
         oneshot=run["recipe"]["pruning"]["oneshot"],
@@ -56,12 +58,20 @@ def _metadata(report: Report, name: str) -> ModelCardData:
         )
         for metric, value in report.quality.metrics.items()
     ]  # fmt: skip
+    pruning, base = run["recipe"]["pruning"], run["base_model"]["name"]
+    methods = [pruning["oneshot"]] if pruning["oneshot"] else [rule["criterion"] for rule in pruning["rules"]]
+    tags = ["finance", "pruning", "finllm-prune", *sorted({f"{m['name'].replace('_', '-')}-pruning" for m in methods})]
     extra: dict[str, Any] = {"license": run["license"]} if run.get("license") else {}
     return ModelCardData(
         model_name=name.removesuffix(".partial"), language="en", library_name="transformers", pipeline_tag=run["pipeline_tag"],
-        base_model=run["base_model"]["name"], tags=["finance", "pruning", "movement-pruning", "finllm-prune"],
+        base_model=None if Path(base).is_dir() else base, tags=tags,
         eval_results=results, **extra,
     )  # fmt: skip
+
+
+def _linked(name: str) -> str:
+    """A base model on the Hub as a link; a local folder by its name alone."""
+    return Path(name).name if Path(name).is_dir() else f"[{name}](https://huggingface.co/{name})"
 
 
 def _verdict(report: Report) -> str:

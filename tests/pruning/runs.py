@@ -38,7 +38,7 @@ def make_rule(
 
 
 def make_pruner(model: PreTrainedModel, *rules: Rule, schedule: Schedule | None = None) -> Pruner:
-    return Pruner(find_family(model.config.model_type).groups(model, list(rules)), schedule or Cubic())
+    return Pruner(find_family(model.config.model_type).groups(model, list(rules)), schedule or Cubic(0.1, 0.7, 0.9))
 
 
 def make_batches(steps: int, seed: int = 0) -> list[Batch]:

@@ -381,7 +381,7 @@ def test_masks_are_named_after_the_groups_and_have_the_shapes_of_their_grids():
 
 def test_a_state_of_another_criterion_or_structure_is_refused():
     saved = make_pruner(tiny_model(layers=1), make_rule("unstructured", "movement")).state_dict()
-    with pytest.raises(InputError, match="state/penalty"):
+    with pytest.raises(InputError, match="state/excess"):
         make_pruner(tiny_model(layers=1), make_rule("unstructured", "soft_movement")).load_state_dict(saved)
     with pytest.raises(InputError, match=r"see bert\.encoder\.layer\.0\.attention\.output\.dense/mask"):
         make_pruner(tiny_model(layers=1), make_rule("block", "movement")).load_state_dict(saved)

@@ -130,7 +130,7 @@ def test_3_ten_steps_and_a_thousand_reach_the_same_sparsity(criterion: str):
 def test_3_ten_steps_and_a_thousand_are_equally_sparse_on_the_way():
     ways = []
     for steps in (10, 1000):
-        pruner = layer_pruner(torch.arange(200.0).view(10, 20), Magnitude(), Cubic(updates=1000), 0.9)
+        pruner = layer_pruner(torch.arange(200.0).view(10, 20), Magnitude(), Cubic(0.1, 0.7, 0.9, updates=1000), 0.9)
         ways.append([])
         for step in range(steps):
             pruner.before_step((step + 1) / steps)
