@@ -99,12 +99,10 @@ class Pruner:
             if self.frozen:
                 group.zero()
                 continue
-            state = self._states[group.name]
-            if (
-                self.progress >= self.schedule.begin
-                and (gate := group.rule.criterion.gate(group, state, self.progress)) is not None
-            ):
-                group.set_mask(gate > 0, gate)
+            if self.progress > self.schedule.begin:
+                gate = group.rule.criterion.gate(group, self._states[group.name], self.progress)
+                if gate is not None:
+                    group.set_mask(gate > 0, gate)
             group.park()
 
     @torch.no_grad()
