@@ -320,7 +320,8 @@ def test_finish_before_freeze_makes_the_last_cut(criterion: str, steps: int):
     train(model, pruner, make_optimizer(model), make_batches(10), range(steps))
     before = pruner.sparsity()
     pruner.finish()
-    assert before < 0.75
+    assert before != 0.75
+    assert before < 0.75 or criterion == "l0", "its masks on the way are samples"
     assert pruner.sparsity() == 0.75
     assert pruner.frozen
     assert all(slot.parked is None for group in pruner.groups for slot in group.slots)
