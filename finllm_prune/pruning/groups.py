@@ -119,6 +119,9 @@ class Group:
     def park(self) -> None:
         """Move the values of cut weights beside the model, exactly: ``W - 0 = W`` there and ``W - W = 0`` elsewhere."""
         for slot in self.slots:
+            if slot.pruned is None and slot.gate is None:
+                slot.parked = None
+                continue
             if slot.parked is None:
                 slot.parked = torch.empty_like(slot.weight)
             if slot.gate is not None:
@@ -130,8 +133,6 @@ class Group:
                 slot.parked.copy_(slot.weight)
                 slot.weight.masked_fill_(slot.pruned, 0)
                 slot.parked.sub_(slot.weight)
-            else:
-                slot.parked = None
 
     def remember(self) -> None:
         """Keep the whole weights of now, the first time, for a later ``rewind``."""
