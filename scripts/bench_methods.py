@@ -117,7 +117,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", default=DEFAULT, metavar="METHOD", help=f"of {', '.join(METHODS)}; default: {' '.join(DEFAULT)}"
     )  # fmt: skip
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4], help="each method runs each of them")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[4e-4], help="each method runs each of them")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_methods"))
     parser.add_argument("--table-only", action="store_true", help="print and plot what is there; run nothing")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="a folder or Hub id")

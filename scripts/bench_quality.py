@@ -2,10 +2,9 @@
 
     python scripts/bench_quality.py --data DATA --rows 1024
 
-It is bench_methods.py with other defaults: one seed, two sparsities, three methods. All its flags work here.
+It is bench_methods.py with other defaults: one seed, two sparsities, three methods. All its flags work here, and both share
+their finished cells.
 """
-
-from pathlib import Path
 
 from bench_methods import main
 
@@ -14,5 +13,4 @@ if __name__ == "__main__":
         methods=["dense", "movement", "torch_gradual"],
         sparsities=[0.75, 0.9],
         seeds=[42],
-        out=Path("outputs/bench_quality"),
     )

@@ -3,8 +3,8 @@
     python scripts/bench_training.py [--rounds 3] [--steps 32]
 
 MiniLM-L6 with its real weights, batch 32 x 64 tokens, AdamW, no distillation. Each round trains every variant once, in turn,
-for the same few steps; the masks are chosen as often as in a run of 256 steps (every fourth step between 10 % and 90 % of the
-run), and the ratio is taken round by round. The peak of the resident memory is read in a process of its own per variant.
+for the same few steps; the masks are chosen as often as in a run of 256 steps (64 times between 5 % and 70 % of it), and the
+ratio is taken round by round. The peak of the resident memory is read in a process of its own per variant.
 """
 
 import argparse
