@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.errors import InputError
-from finllm_prune.families import Architecture, find_architecture, find_family
+from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import Calibrated, Rule, refuse_overlap
 from finllm_prune.recipe import Recipe
@@ -95,14 +95,21 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
+    small = model
     if recipe.model.keep_layers is not None:
-        architecture.keep_layers(load_model(recipe.task, location, examples.labels), recipe.model.keep_layers)
-    groups = architecture.groups(model, recipe.pruning.rules)
+        small = load_model(recipe.task, location, examples.labels)
+        architecture.keep_layers(small, recipe.model.keep_layers)
+    groups = architecture.groups(small, recipe.pruning.rules)
     refuse_overlap(groups)
-    whole = architecture.whole_units(model, recipe.pruning.rules) if recipe.pruning.fill else []
+    whole = architecture.whole_units(small, recipe.pruning.rules) if recipe.pruning.fill else []
     _check_fit(recipe, architecture, config, [*recipe.pruning.rules, *(group.rule for group in whole)])
     if isinstance(recipe.pruning.oneshot, Calibrated):
-        refuse_no_chain(model, find_family(config.model_type), groups)
+        if not isinstance(architecture, Family):
+            raise InputError(
+                f"pruning.oneshot: {config.model_type} models have no family, so their blocks are not known; "
+                "use oneshot: magnitude"
+            )
+        refuse_no_chain(small, architecture, groups)
     tokenizer = load_tokenizer(location)
     # Encoders are told by the attention mask what is padding; these look for its token.
     seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
@@ -129,9 +136,10 @@ def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedCon
             f"export: compact can leave out nothing of what these rules cut in a {config.model_type} model; drop compact "
             "from export, or add a rule with structure: neuron"
         )
-    if recipe.distillation is not None and recipe.distillation.hidden > 0 and architecture.depth_of(config) == 0:
+    if recipe.distillation is not None and recipe.distillation.compares_layers and architecture.depth_of(config) == 0:
         raise InputError(
-            f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0"
+            f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0 "
+            "and relations: 0"
         )
 
 

@@ -204,6 +204,10 @@ def _pruning(data: Any) -> Pruning:
         )
     oneshot = _named(ONESHOT, settings["oneshot"], "pruning.oneshot")
     refuse_unfit(oneshot, rules)
+    if any(rule.regularizer is not None for rule in rules):
+        raise InputError(
+            "pruning.oneshot: masks are fixed before a regularizer could pull; remove the regularizer or oneshot"
+        )
     # A criterion that waits for gradients would only hold memory.
     criterion = oneshot if isinstance(oneshot, Criterion) else Magnitude()
     return Pruning([dataclasses.replace(rule, criterion=criterion) for rule in rules], schedule, oneshot)

@@ -1,6 +1,5 @@
 """One shot on whole models: what the blocks see, what a recipe gives, exact resume, and the sentences of bad recipes."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from finllm_prune.checkpoints import verify
 from finllm_prune.errors import InputError
 from finllm_prune.families import Family, find_family
 from finllm_prune.pruning import (
+    NM,
     Calibrated,
     Cubic,
     Global,
@@ -27,7 +27,6 @@ from finllm_prune.pruning import (
     Pruner,
     Rule,
     SparseGPT,
-    Unstructured,
     Wanda,
 )
 from finllm_prune.recipe import Recipe, parse
@@ -148,13 +147,8 @@ def test_padding_does_not_count(method: Calibrated) -> None:
 
 
 def test_the_n_m_of_a_structure_reaches_the_method() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class TwoOfFour(Unstructured):
-        n: int = 2
-        m: int = 4
-
     for method in (Wanda(), SparseGPT()):
-        rule = Rule("encoder", 0.5, structure=TwoOfFour())
+        rule = Rule("encoder", 0.5, structure=NM())
         pruner = pruned(tiny_model(), find_family("bert"), method, padded(), rule)
         assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in pruner.masks().values())
 

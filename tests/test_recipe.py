@@ -124,7 +124,7 @@ WRONG_VALUES = [
     (f"{RULE}.sparsity", 1.0, "pruning.rules: sparsity must lie between 0 and 1 (exclusive), not 1.0"),
     (f"{RULE}.sparsity", 90, "pruning.rules: sparsity must lie between 0 and 1 (exclusive), not 90.0"),
     (f"{RULE}.structure", {"name": "block", "rows": 0}, "structure block: rows and cols must be at least 1"),
-    (f"{RULE}.criterion", {"name": "movement", "travel": 0}, "criterion movement: travel must be above 0"),
+    (f"{RULE}.criterion", {"name": "movement", "travel": 0}, "travel must be above 0"),
     ("pruning.schedule.begin", 0.7, "pruning.schedule: it must hold that 0 <= begin < end <= freeze <= 1"),
     ("pruning.schedule.begin", 0.8, "got begin=0.8, end=0.7, freeze=0.9"),
     ("pruning.schedule.freeze", 0.5, "got begin=0.1, end=0.7, freeze=0.5"),

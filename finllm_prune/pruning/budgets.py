@@ -104,6 +104,8 @@ class Uniform:
         return [select([s], self._width(density, s.numel()))[0] for s in scores]
 
     def _width(self, density: float, units: int) -> int:
+        if density >= 1:
+            return units
         width = round(density * units / self.multiple) * self.multiple
         return min(units, max(self.multiple, width))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finllm_prune.errors import InputError
+from finllm_prune.pruning.criteria import SecondOrder
 from finllm_prune.pruning.groups import Group, Rule
 from finllm_prune.pruning.oneshot import pattern_of
 
@@ -45,6 +46,11 @@ def refuse_unfillable(rules: Sequence[Rule]) -> None:
             raise InputError(
                 f"pruning.rules.{i}.structure: n:m leaves weights in every head and neuron, so pruning.fill would undo it; "
                 "set block or unstructured, or fill: false"
+            )
+        if isinstance(rule.criterion, SecondOrder) and rule.criterion.correct:
+            raise InputError(
+                f"pruning.rules.{i}.criterion: second_order moves the others to make up for what pruning.fill brings back; "
+                "set correct: false, or fill: false"
             )
         if not (rule.structure.couples or rule.criterion.trains_weights):
             raise InputError(

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning.budgets import Budget, Uniform
+from finllm_prune.pruning.budgets import Budget, Global, Sensitivity, Uniform
 from finllm_prune.pruning.criteria import Criterion, Movement
 from finllm_prune.pruning.regularizers import Regularizer
-from finllm_prune.pruning.structures import Site, Structure, Unstructured
+from finllm_prune.pruning.structures import NM, Site, Structure, Unstructured
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,30 @@ class Rule:
         if not 0 < self.sparsity < 1:
             raise InputError(f"pruning.rules: sparsity must lie between 0 and 1 (exclusive), not {self.sparsity}")
         self.structure.check(self.sparsity)
+        self._refuse_misfits()
+
+    def _refuse_misfits(self) -> None:
+        """Parts of a rule that undo each other."""
+        budget = self.budget
+        if isinstance(self.structure, NM) and budget not in (Uniform(), Global()):
+            raise InputError(
+                "pruning.rules: n:m leaves n of every m weights in every matrix, which a budget with knobs would undo; "
+                "set budget: uniform or global, without knobs"
+            )
+        if self.regularizer is not None and not self.criterion.trains_weights:
+            raise InputError(
+                "pruning.rules: a regularizer moves weights, and score_movement freezes them; remove the regularizer"
+            )
+        if isinstance(budget, Global) and budget.floor > 1.0 - self.sparsity:
+            raise InputError(
+                f"pruning.rules: a floor of {budget.floor} leaves no way to sparsity {self.sparsity}; "
+                f"set floor to at most {1.0 - self.sparsity:.6g}"
+            )
+        if isinstance(budget, Sensitivity) and budget.levels and self.sparsity > budget.levels[-1]:
+            raise InputError(
+                f"pruning.rules: sparsity {self.sparsity} is above the highest level tried by budget sensitivity, "
+                f"{budget.levels[-1]}; add a higher level to levels"
+            )
 
 
 class Slot:

@@ -6,7 +6,6 @@ statistics is ever held; ``finllm_prune.training.oneshot`` walks a model with it
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Uniform, select
 from finllm_prune.pruning.criteria import Criterion, Magnitude
 from finllm_prune.pruning.groups import Rule
-from finllm_prune.pruning.structures import Structure, Unstructured
+from finllm_prune.pruning.structures import NM, Structure, Unstructured
 
 Pattern = tuple[int, int]
 """(n, m): n of every m consecutive weights along the input axis stay."""
@@ -146,15 +145,9 @@ def best(scores: Tensor, n: int, m: int) -> Tensor:
     return torch.zeros_like(grid, dtype=torch.bool).scatter_(1, order[:, :n], True).view(scores.shape)
 
 
-@runtime_checkable
-class _NM(Protocol):
-    n: int
-    m: int
-
-
 def pattern_of(structure: Structure) -> Pattern | None:
     """The (n, m) of an n:m structure, None for any other."""
-    return (structure.n, structure.m) if isinstance(structure, _NM) else None
+    return (structure.n, structure.m) if isinstance(structure, NM) else None
 
 
 def refuse_unfit(method: OneShot, rules: Sequence[Rule]) -> None:

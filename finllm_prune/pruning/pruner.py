@@ -106,13 +106,18 @@ class Pruner:
             group.park()
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """The masks are final: a run that ended before ``freeze`` gets its last cut, and the parked values are dropped."""
+    def finish(self, replaced: bool = False) -> None:
+        """The masks are final: a run that ended before ``freeze`` gets its last cut, and the parked values are dropped.
+
+        Args:
+            replaced: the model holds weights of another step, as after ``load_best_model_at_end``, to which the parked values
+                do not belong.
+        """
         for group in self.groups:
-            if not self.frozen:
+            if not (self.frozen or replaced):
                 group.unpark()
         if not self.frozen:
-            self._choose(final=True)
+            self._choose(final=True, rewind=False)
         for group in self.groups:
             group.zero()
 
@@ -223,9 +228,10 @@ class Pruner:
 
     def _move(self, device: torch.device) -> None:
         """Follow the model, which a Trainer puts on its device after the Pruner was built."""
+        first, later = self.stages
         self.skipped = self.skipped.to(device)
         self._states = {name: {key: t.to(device) for key, t in state.items()} for name, state in self._states.items()}
-        for group in self.groups:
+        for group in [*first, *(group for group in later if group not in first)]:
             group.set_mask(group.mask.to(device), None if group.gate is None else group.gate.to(device))
             for slot in group.slots:
                 for key in _KEPT:
@@ -255,7 +261,7 @@ class Pruner:
             if (regularizer := group.rule.regularizer) is not None:
                 regularizer.shrink(group, pull * regularizer.strength)
 
-    def _choose(self, final: bool) -> None:
+    def _choose(self, final: bool, rewind: bool = True) -> None:
         fraction = 1.0 if final else self.schedule.fraction(self.progress)
         for rule, groups in self._rules().values():
             density = 1.0 - fraction * rule.sparsity
@@ -276,7 +282,7 @@ class Pruner:
                 criterion.compensate(group, state, group.mask & ~mask)
                 group.set_mask(mask)
         if final:
-            for group in self.groups:
+            for group in self.groups if rewind else []:
                 group.rewind()
             self._freeze()
 

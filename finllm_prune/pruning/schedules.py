@@ -15,8 +15,9 @@ class Schedule:
         end: from here on the sparsity is final, while the masks may still change.
         freeze: from here on the masks are fixed and the kept weights are tuned.
         updates: how often the masks are chosen anew between ``begin`` and ``freeze``, at most once a step.
-        rewind: at ``freeze`` the kept weights go back to their values at ``begin``, and are tuned again from there
-            (Renda et al. 2020, https://arxiv.org/abs/2003.02389); leave a long part of the run after ``freeze`` then.
+        rewind: at ``freeze`` the kept weights of the targets go back to their values at ``begin``, and are tuned again from
+            there (Renda et al. 2020, https://arxiv.org/abs/2003.02389); leave a long part of the run after ``freeze`` then.
+            Norms, embeddings, the head and the optimizer's moments go on as they are.
     """
 
     begin: float = 0.05
@@ -30,6 +31,10 @@ class Schedule:
             raise InputError(
                 "pruning.schedule: it must hold that 0 <= begin < end <= freeze <= 1, as fractions of the run; "
                 f"got begin={self.begin}, end={self.end}, freeze={self.freeze}"
+            )
+        if self.rewind and self.freeze == 1:
+            raise InputError(
+                "pruning.schedule: rewind needs training after freeze, or the weights end as they began; set freeze below 1"
             )
         if self.updates < 1:
             raise InputError(f"pruning.schedule: updates must be at least 1, not {self.updates}")

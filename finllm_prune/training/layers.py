@@ -15,8 +15,12 @@ _NEVER = -1e9
 
 
 def uniform_layers(kept: Sequence[int], depth: int, teacher_depth: int) -> list[int]:
-    """For each kept block of a student that had ``depth`` blocks, the teacher's block at the same relative height."""
-    return [max(round((block + 1) * teacher_depth / depth), 1) - 1 for block in kept]
+    """For each kept block of a student that had ``depth`` blocks, the teacher's block at the same relative height.
+
+    The last one imitates the teacher's last: the head reads its state, which pre-norm models put through one more norm.
+    """
+    *rest, _ = [max(round((block + 1) * teacher_depth / depth), 1) - 1 for block in kept] or [0]
+    return [*rest, teacher_depth - 1] if kept else []
 
 
 def ordered_matches(cost: Tensor) -> list[int]:

@@ -5,10 +5,10 @@ import logging
 from collections.abc import Iterable
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from finllm_prune.errors import InputError
 from finllm_prune.pruning import Group, Magnitude, Rule, Sensitivity
 from finllm_prune.pruning.budgets import select
 from finllm_prune.pruning.sensitivity import allocate
@@ -26,9 +26,6 @@ def measure_sensitivity(model: nn.Module, groups: list[Group], batches: Iterable
         model: returns ``.loss`` for a batch with labels.
         groups: of all rules, on this model; those of the other budgets are left alone.
         batches: the same on every rank, so that all ranks find the same densities.
-
-    Raises:
-        InputError: the rule asks for more than the highest level tried.
     """
     rules = {id(group.rule): group.rule for group in groups if isinstance(group.rule.budget, Sensitivity)}
     if not rules:
@@ -47,15 +44,12 @@ def measure_sensitivity(model: nn.Module, groups: list[Group], batches: Iterable
 def _share(model: nn.Module, rule: Rule, groups: list[Group], batches: list[dict[str, Tensor]], dense: float) -> None:
     budget = rule.budget
     assert isinstance(budget, Sensitivity)
-    if rule.sparsity > budget.levels[-1]:
-        raise InputError(
-            f"budget sensitivity: sparsity {rule.sparsity} is above the highest level tried, {budget.levels[-1]}; "
-            "add a higher level to levels"
-        )
     losses = [
         [_loss_without(model, group, level, batches) for level in budget.levels]
         for group in tqdm(groups, desc="sensitivity", leave=False)
     ]
+    # Unlike machines may round differently, and masks must be equal on all ranks.
+    losses = broadcast(torch.tensor(losses, dtype=torch.float64, device=groups[0].mask.device)).tolist()
     densities = allocate(losses, dense, [group.mask.numel() for group in groups], budget.levels, rule.sparsity)
     measured = dataclasses.replace(rule, budget=dataclasses.replace(budget, densities=tuple(densities)))
     for group, density in zip(groups, densities, strict=True):

@@ -138,12 +138,13 @@ class PruningCallback(TrainerCallback):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        save_beside(args, state, STATE_FILE, self.pruner.state_dict())
+        if args.should_save:  # the state is a copy of all scores
+            save_beside(args, state, STATE_FILE, self.pruner.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.pruner.finish()
+        self.pruner.finish(replaced=args.load_best_model_at_end)
 
 
 class ProgressBar(ProgressCallback):

@@ -28,7 +28,7 @@ def _never_starts(moments: Sequence[Moment], groups: Sequence[Group], schedule: 
     now = moments[-1]
     progress, fraction = now[0]["progress"], schedule.fraction(now[0]["progress"])
     if now[0]["frozen"]:
-        if progress >= schedule.begin:
+        if progress >= schedule.begin or moments[0][0]["frozen"]:  # in one shot, before the first step
             return None
         return (
             f"The schedule never started: the run ended at {progress:.0%}, cutting begins at {schedule.begin:.0%}, so "

@@ -10,17 +10,23 @@ from transformers import PreTrainedModel
 from finllm_prune.errors import InputError
 from finllm_prune.pruning import (
     CRITERIA,
+    L1,
+    NM,
     SCHEDULES,
     STRUCTURES,
     Block,
     Cubic,
+    Global,
     Group,
     Magnitude,
     Neuron,
     Pruner,
     Rule,
+    ScoreMovement,
+    Sensitivity,
     Site,
     Slot,
+    Uniform,
     Unstructured,
 )
 from tests.conftest import tiny_model
@@ -426,3 +432,72 @@ def test_a_step_that_the_scaler_skips_reaches_no_score():
     for key in before:
         if "/state/" in key:
             assert torch.equal(before[key], after[key]), key
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"structure": NM(), "budget": Uniform(multiple=8)}, "n:m leaves n of every m"),
+        ({"structure": NM(), "budget": Global(floor=0.1)}, "n:m leaves n of every m"),
+        ({"criterion": ScoreMovement(), "regularizer": L1()}, "score_movement freezes them"),
+        ({"budget": Global(floor=0.6)}, r"floor of 0\.6 leaves no way to sparsity 0\.5; set floor to at most 0\.5"),
+        ({"budget": Sensitivity(levels=(0.2, 0.4))}, "above the highest level tried"),
+    ],
+)
+def test_parts_of_a_rule_that_undo_each_other_are_refused(parts: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        Rule("encoder", 0.5, **parts)
+
+
+def test_rewind_takes_the_kept_weights_back_to_where_the_cut_began_and_survives_a_resume():
+    model, batches = tiny_model(layers=1), make_batches(20)
+    schedule = Cubic(0.2, 0.5, 0.6, rewind=True)
+    pruner, optimizer = (
+        make_pruner(model, make_rule("unstructured", "magnitude"), schedule=schedule),
+        make_optimizer(model),
+    )
+    train(model, pruner, optimizer, batches, range(4))
+    began = {slot.name: slot.parameter.detach().clone() for group in pruner.groups for slot in group.slots}
+    train(model, pruner, optimizer, batches, range(4, 8))
+    state = {key: value.clone() for key, value in pruner.state_dict().items()}
+    pruner.load_state_dict(state)
+    train(model, pruner, optimizer, batches, range(8, 12))
+    assert pruner.frozen
+    for group in pruner.groups:
+        for slot in group.slots:
+            assert torch.equal(slot.parameter.detach(), began[slot.name] * group.mask)
+
+
+def test_rewind_without_training_after_it_is_refused():
+    with pytest.raises(InputError, match="rewind needs training after freeze"):
+        Cubic(freeze=1.0, rewind=True)
+
+
+def test_a_run_that_stops_early_is_not_rewound():
+    model = tiny_model(layers=1)
+    schedule = Cubic(0.2, 0.5, 0.9, rewind=True)
+    pruner = make_pruner(model, make_rule("unstructured", "magnitude"), schedule=schedule)
+    train(model, pruner, make_optimizer(model), make_batches(20), range(10))
+    before = {slot.name: slot.parameter.detach().clone() for group in pruner.groups for slot in group.slots}
+    pruner.finish()
+    for group in pruner.groups:
+        for slot in group.slots:
+            kept = slot.parameter.detach() != 0
+            was = before[slot.name] != 0
+            assert torch.equal(slot.parameter.detach()[kept & was], before[slot.name][kept & was])
+
+
+def test_weights_of_another_step_get_no_parked_values_when_a_run_ends():
+    model, batches = tiny_model(layers=1), make_batches(20)
+    pruner, optimizer = make_pruner(model, make_rule("unstructured", "movement")), make_optimizer(model)
+    train(model, pruner, optimizer, batches, range(5))
+    best = {slot.name: slot.parameter.detach().clone() for group in pruner.groups for slot in group.slots}
+    train(model, pruner, optimizer, batches, range(5, 9))
+    with torch.no_grad():
+        for group in pruner.groups:
+            for slot in group.slots:
+                slot.parameter.copy_(best[slot.name])
+    pruner.finish(replaced=True)
+    for group in pruner.groups:
+        for slot in group.slots:
+            assert torch.equal(slot.parameter.detach(), best[slot.name] * group.mask)

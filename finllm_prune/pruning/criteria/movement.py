@@ -28,9 +28,9 @@ class LearnedScores(Criterion):
 
     Args:
         travel: learning rate of the scores times the number of optimizer steps.
-        initial: scores start at ``initial * travel * rank(|W|) / n`` in each matrix. At 0, the paper's start, short runs
-            collapse: Adam moves every score by about the same amount a step, so that after a few steps their order is
-            chance. A start by magnitude outlasts that, and a weight that keeps moving to zero still falls.
+        initial: scores start at ``initial * travel * rank(|W|) / n`` in each matrix. From 0, the paper's start, Adam moves
+            every score by about the same amount a step, so that after a few steps their order is chance, and short runs
+            collapse. A start by magnitude outlasts that, and a weight that keeps moving to zero still falls.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -40,7 +40,8 @@ class LearnedScores(Criterion):
     def __post_init__(self) -> None:
         if not (0 < self.travel < math.inf and 0 <= self.initial < math.inf):
             raise InputError(
-                f"criterion movement: travel must be above 0 and initial at least 0, not {self.travel} and {self.initial}"
+                "pruning.rules: a criterion's travel must be above 0 and its initial at least 0, not "
+                f"{self.travel} and {self.initial}"
             )
 
     def start(self, group: "Group") -> State:
@@ -109,8 +110,10 @@ class SteeredScores(LearnedScores):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gain < 0:
-            raise InputError(f"criterion soft_movement or l0: gain must not be negative, not {self.gain}")
+        if self.gain < 0 or (self.penalty is not None and self.penalty < 0):
+            raise InputError(
+                f"pruning.rules: a criterion's gain must not be negative, nor its penalty: {self.gain} and {self.penalty}"
+            )
 
     def start(self, group: "Group") -> State:
         state = super().start(group)
