@@ -70,7 +70,7 @@ def test_a_killed_bench_goes_on_and_a_changed_default_is_a_new_cell(
     dense, cut = bench(*two)
     shown = capsys.readouterr().out
     assert "2 cells, 1 of them finished earlier." in shown
-    assert "[1/1] structured_magnitude 0.5, seed 1, learning rate 0.0002: macro-F1" in shown
+    assert "[1/1] structured_magnitude 0.5, seed 1, learning rate 0.0004: macro-F1" in shown
     assert (dense["method"], dense["steps"], cut["method"], cut["steps"]) == ("dense", 4, "structured_magnitude", 4)
     assert cut["sparsity_of"]["targeted"] == cut["sparsity_of"]["encoder_linear"] == 0.5
     assert [entry["batch"] for entry in cut["latency"]] == [1, 16]
@@ -81,7 +81,7 @@ def test_a_killed_bench_goes_on_and_a_changed_default_is_a_new_cell(
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before, "nothing is run again"
     assert (tmp_path / "out" / "macro_f1.png").is_file()
     room("bench_methods").main(["--table-only", "--out", str(tmp_path / "out")])
-    assert "| structured_magnitude | 0.5 | 1 | 0.0002 |" in capsys.readouterr().out
+    assert "| structured_magnitude | 0.5 | 1 | 0.0004 |" in capsys.readouterr().out
 
     methods = room("bench.methods")
     milder = methods.Method({"distillation": {"alpha": 0.5}})

@@ -304,7 +304,9 @@ def test_the_resolved_recipe_is_the_same_recipe(
 ) -> None:  # fmt: skip
     rule = {"target": "mlp", "structure": structure, "criterion": criterion, "budget": budget, "sparsity": sparsity}
     if structure == "n:m":
-        rule["sparsity"] = 0.5  # the only one that 2:4 has
+        rule |= {"sparsity": 0.5, "budget": "uniform"}  # the only sparsity that 2:4 has, and no budget with knobs
+    if rule["budget"] == "sensitivity":
+        rule["sparsity"] = min(sparsity, 0.9)  # the highest level that is tried
     data = copy.deepcopy(GOOD) | {"model": name, "export": ["masked"], "gates": gates}
     data["pruning"] = {
         "schedule": {"name": schedule, "begin": spans[0], "end": spans[1], "freeze": spans[2]},
