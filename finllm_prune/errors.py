@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class ProofError(RuntimeError):
     """A saved checkpoint is not equal to the model in memory, or to what its manifest says."""
+
+
+def one_line(error: Exception) -> str:
+    """What a library said, as a part of such a sentence."""
+    return " ".join(str(error).split())

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import Calibrated, Rule, refuse_overlap
@@ -153,7 +153,7 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
             label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True, dtype=torch.float32,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model: the weights of {location} cannot be loaded: {_one_line(error)}") from error
+        raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     return model
@@ -164,7 +164,7 @@ def load_config(location: str, key: str = "model") -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(location)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{key}: the config of {location} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{key}: the config of {location} cannot be read: {one_line(error)}") from error
     return config
 
 
@@ -175,7 +175,7 @@ def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{key}: the tokenizer of {location} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
     return tokenizer
 
 
@@ -215,7 +215,7 @@ def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str
     try:
         return TrainingArguments(**(ours | given))
     except (ValueError, TypeError, ImportError, OSError, OverflowError) as error:
-        raise InputError(f"training: transformers refuses these arguments: {_one_line(error)}") from error
+        raise InputError(f"training: transformers refuses these arguments: {one_line(error)}") from error
 
 
 def _check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:
@@ -275,7 +275,3 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
             f"{key}: {name} reads the texts as other tokens than the model; name a teacher with the model's own tokenizer"
         )
     return location
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -15,7 +15,7 @@ import yaml
 from transformers import TrainingArguments
 
 from finllm_prune.checkpoints import find_format
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import check_gates
 from finllm_prune.pruning import (
     BUDGETS,
@@ -36,6 +36,8 @@ from finllm_prune.pruning import (
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Recording
+
+T = typing.TypeVar("T")
 
 _OWNED = {
     "output_dir": "output", "resume_from_checkpoint": "--resume", "do_train": "the run itself", "do_eval": "the run itself",
@@ -130,7 +132,7 @@ class Recipe:
         except FileNotFoundError:
             raise InputError(f"{path}: there is no such recipe") from None
         except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
-            raise InputError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
+            raise InputError(f"{path} is not a readable YAML file: {one_line(error)}") from None
         try:
             data = mapping(data, "the recipe")
             for override in overrides:
@@ -160,8 +162,8 @@ def parse(data: dict[str, Any]) -> Recipe:
         pruning=_pruning(data["pruning"]),
         output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
-        distillation=_distillation(data.get("distillation", {})),
-        recording=_recording(data.get("recording", {})),
+        distillation=_optional(Distillation, data.get("distillation", {}), "distillation"),
+        recording=_optional(Recording, data.get("recording", {}), "recording"),
         training=training,
         export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
         gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
@@ -240,12 +242,8 @@ def _named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
     return build(table[name], {key: v for key, v in settings.items() if key != "name"}, where)
 
 
-def _distillation(data: Any) -> Distillation | None:
-    return None if data in (None, False) else build(Distillation, data, "distillation")
-
-
-def _recording(data: Any) -> Recording | None:
-    return None if data in (None, False) else build(Recording, data, "recording")
+def _optional(cls: type[T], data: Any, where: str) -> T | None:
+    return None if data in (None, False) else build(cls, data, where)
 
 
 def _training(data: Any, where: str) -> dict[str, Any]:

@@ -123,10 +123,9 @@ def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner, resume
         return sample_batches(ready.tokens["train"], count, ready.recipe.task.collator(ready.tokenizer), seed)
 
     rules, method, seed = ready.recipe.pruning.rules, ready.recipe.pruning.oneshot, ready.arguments.seed
-    measure_sensitivity(
-        student, pruner.groups,
-        sample(max((rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)), default=0)),
-    )  # fmt: skip
+    asked = [rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)]
+    if asked:
+        measure_sensitivity(student, pruner.groups, sample(max(asked)))
     if method is not None and not resumed:
         batches = sample(method.rows) if isinstance(method, Calibrated) else []
         prune_once(student, find_architecture(student.config.model_type), pruner, method, batches)

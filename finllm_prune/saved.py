@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from transformers import AutoModel
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import compare, layer_table, predict, quality_rows
 from finllm_prune.hub.base_model import locate
 from finllm_prune.prepare import label_order, load_config, load_model, load_tokenizer
@@ -57,7 +57,7 @@ def inspect_saved(model: str) -> Rows:
     try:
         layers = layer_table(AutoModel.from_pretrained(location))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{model}: its weights cannot be loaded: {' '.join(str(error).split())}") from error
+        raise InputError(f"{model}: its weights cannot be loaded: {one_line(error)}") from error
     rows: Rows = [(x["layer"], " × ".join(map(str, x["shape"])), f"{1 - x['density']:.1%}") for x in layers]
     sizes = [math.prod(layer["shape"]) for layer in layers]
     kept = sum(layer["density"] * size for layer, size in zip(layers, sizes, strict=True))

@@ -1,5 +1,6 @@
 """The flight recorder: exact counts, a gapless table, the log, the plots, and warnings that come when they should."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -244,6 +246,36 @@ def test_scores_are_those_of_the_whole_weights_and_reading_them_changes_nothing(
     assert pruner.holds()
     pruner.finish()
     assert pruner.scores() == {}
+
+
+class StopLate(TrainerCallback):
+    """Ends a run after its eighth step, before the masks freeze."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 8
+
+
+@pytest.mark.parametrize("settings", [None, EACH_STEP])
+def test_the_best_weights_of_a_run_that_ends_early_get_no_values_of_its_last_step(
+    tmp_path: Path, settings: Recording | None
+) -> None:
+    worse = itertools.count()
+    plain = trainer(
+        tmp_path, None, parts={"eval_dataset": rows(8)}, load_best_model_at_end=True,
+        metric_for_best_model="worse", greater_is_better=False, eval_strategy="steps", eval_steps=4,
+        save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    model = plain.model
+    pruner = Pruner(find_family("bert").groups(model, RULES["unstructured"]), SPANS)
+    run = PruningTrainer(
+        model, plain.args, pruner=pruner, recording=settings, train_dataset=rows(), eval_dataset=rows(8),
+        compute_metrics=lambda _: {"worse": float(next(worse))}, callbacks=[StopLate()],
+    )  # fmt: skip
+    run.train()
+    best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    for group in pruner.groups:
+        for slot in group.slots:
+            assert torch.equal(slot.parameter.detach(), best[slot.name] * group.mask)
 
 
 # Warnings

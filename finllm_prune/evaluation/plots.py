@@ -128,12 +128,12 @@ def _density(layers: list[dict[str, Any]], path: Path) -> None:
 
 
 def _place(layer: str) -> tuple[str, str]:
-    """``bert.encoder.layer.3.output.dense`` -> ``("3", "output.dense")``; a name without a number is its own kind."""
+    """``a.layer.3.output.dense`` -> ``("a.layer.3", "output.dense")``; a name without a number is its own kind."""
     parts = layer.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return ("", layer) if number is None else (parts[number], ".".join(parts[number + 1 :]))
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
 
 
 def _short(layers: Iterable[str]) -> list[str]:
     """Names without what comes before the number of the block."""
-    return [" ".join(_place(layer)).strip() for layer in layers]
+    return [f"{block.rpartition('.')[2]} {matrix}".strip() for block, matrix in map(_place, layers)]

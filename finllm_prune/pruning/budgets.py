@@ -178,8 +178,7 @@ class Sensitivity:
         final = sum(n * d for n, d in zip(sizes, self.densities, strict=True)) / sum(sizes)
         part = (1.0 - density) / (1.0 - final)
         return [
-            select([s], min(n, max(1, round(n * (1.0 - part * (1.0 - own))))))[0]
-            for s, n, own in zip(scores, sizes, self.densities, strict=True)
+            Uniform().share([s], 1.0 - part * (1.0 - own))[0] for s, own in zip(scores, self.densities, strict=True)
         ]
 
 

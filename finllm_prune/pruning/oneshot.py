@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning.budgets import Uniform, select
+from finllm_prune.pruning.budgets import Uniform
 from finllm_prune.pruning.criteria import Criterion, Magnitude
 from finllm_prune.pruning.groups import Rule
-from finllm_prune.pruning.structures import NM, Structure, Unstructured
+from finllm_prune.pruning.structures import NM, Structure, Unstructured, best
 
 Pattern = tuple[int, int]
 """(n, m): n of every m consecutive weights along the input axis stay."""
@@ -110,7 +110,7 @@ class SparseGPT(Calibrated):
             block, kept, upper = weight[:, part], mask[:, part], factor[part, part]  # views: written in place
             if pattern is None:
                 cost = (block * scale[part]).square()
-                kept.copy_(select([cost], max(1, round((1.0 - sparsity) * cost.numel())))[0])
+                kept.copy_(Uniform().share([cost], 1.0 - sparsity)[0])
             errors = torch.zeros_like(block)
             for j in range(block.shape[1]):
                 if pattern is not None and j % m == 0:
@@ -138,13 +138,6 @@ class SparseGPT(Calibrated):
 OneShot = Criterion | Calibrated
 
 
-def best(scores: Tensor, n: int, m: int) -> Tensor:
-    """The mask of the ``n`` highest of every ``m`` scores along a row; ties go to the lower index."""
-    grid = scores.reshape(-1, m)
-    order = grid.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(grid, dtype=torch.bool).scatter_(1, order[:, :n], True).view(scores.shape)
-
-
 def pattern_of(structure: Structure) -> Pattern | None:
     """The (n, m) of an n:m structure, None for any other."""
     return (structure.n, structure.m) if isinstance(structure, NM) else None
@@ -153,7 +146,7 @@ def pattern_of(structure: Structure) -> Pattern | None:
 def refuse_unfit(method: OneShot, rules: Sequence[Rule]) -> None:
     """A one-shot method cuts single weights, and a calibrated one sees one matrix at a time."""
     for i, rule in enumerate(rules):
-        if not isinstance(rule.structure, Unstructured) and pattern_of(rule.structure) is None:
+        if not isinstance(rule.structure, Unstructured):
             raise InputError(
                 f"pruning.rules.{i}.structure: pruning.oneshot cuts single weights; set unstructured or n:m here, or "
                 "remove pruning.oneshot"

@@ -72,9 +72,7 @@ class Pruner:
             skip: a 0-dim tensor, above 0 where a loss scaler will skip this step; infinite and NaN gradients of the
                 targets are found here, those of other weights are not.
         """
-        device = self.groups[0].slots[0].parameter.device
-        if self.skipped.device != device:
-            self._move(device)
+        self._follow()
         bad = self._bad_gradients()
         self._step = Step(self.progress, progress, bad if skip is None else torch.maximum(bad, skip.to(bad)))
         self.skipped += self._step.skip
@@ -137,9 +135,7 @@ class Pruner:
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
         """Group name -> the scores (fp32, unit grid) of the whole weights as they are after a step; empty once frozen."""
-        device = self.groups[0].slots[0].parameter.device
-        if self.skipped.device != device:
-            self._move(device)
+        self._follow()
         scores: dict[str, Tensor] = {}
         for group in [] if self.frozen else self.groups:
             group.unpark()
@@ -226,8 +222,11 @@ class Pruner:
             if slot.pruned is not None
         )
 
-    def _move(self, device: torch.device) -> None:
-        """Follow the model, which a Trainer puts on its device after the Pruner was built."""
+    def _follow(self) -> None:
+        """Go where the model is, which a Trainer puts on its device after the Pruner was built."""
+        device = self.groups[0].slots[0].parameter.device
+        if self.skipped.device == device:
+            return
         first, later = self.stages
         self.skipped = self.skipped.to(device)
         self._states = {name: {key: t.to(device) for key, t in state.items()} for name, state in self._states.items()}

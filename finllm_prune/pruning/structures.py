@@ -63,6 +63,13 @@ class Structure:
         """Raise InputError where the structure cannot reach a rule's final sparsity."""
 
 
+def best(scores: Tensor, n: int, m: int) -> Tensor:
+    """The mask of the ``n`` highest of every ``m`` scores along a row; ties go to the lower index."""
+    grid = scores.reshape(-1, m)
+    order = grid.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(grid, dtype=torch.bool).scatter_(1, order[:, :n], True).view(scores.shape)
+
+
 @dataclass(frozen=True)
 class Unstructured(Structure):
     """Each weight is a unit. Smaller files when packed; no runtime that transformers offers is faster for it."""
@@ -78,7 +85,7 @@ class Unstructured(Structure):
 
 
 @dataclass(frozen=True)
-class NM(Structure):
+class NM(Unstructured):
     """``n`` of every ``m`` consecutive weights along the input axis stay (Mishra et al. 2021, https://arxiv.org/abs/2104.08378).
 
     2:4 is what the sparse tensor cores of NVIDIA GPUs can run. On the way to the final sparsity any weight outside the best
@@ -98,22 +105,14 @@ class NM(Structure):
                 f"structure n:m: m={self.m} does not divide the {weight.shape[1]} inputs of {site.path}; "
                 "choose an m that does, or another structure there"
             )
-        return weight.shape
-
-    def expand(self, units: Tensor, weight: Tensor, site: Site) -> Tensor:
-        return units
-
-    def reduce(self, tensor: Tensor, site: Site) -> Tensor:
-        return tensor
+        return super().units(weight, site)
 
     def rank(self, scores: Tensor) -> Tensor:
         """The best ``n`` of every ``m`` (ties: the lower index) above all others of any matrix, each side in its order.
 
         All scores are squeezed into -1..1 first, so that one number lifts the best above the others of every grid.
         """
-        place = scores.reshape(-1, self.m).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        best = (place < self.n).view(scores.shape)
-        return scores / (1.0 + scores.abs()) + 4.0 * best
+        return scores / (1.0 + scores.abs()) + 4.0 * best(scores, self.n, self.m)
 
     def check(self, sparsity: float) -> None:
         due = 1.0 - self.n / self.m

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -11,12 +12,14 @@ from transformers import TrainerState, TrainingArguments
 from finllm_prune.errors import InputError
 
 
-def save_beside(args: TrainingArguments, state: TrainerState, name: str, tensors: dict[str, Tensor]) -> None:
-    """Write a file into the checkpoint of this step, on the rank that saves."""
+def save_beside(
+    args: TrainingArguments, state: TrainerState, name: str, tensors: Callable[[], dict[str, Tensor]]
+) -> None:
+    """Write a file into the checkpoint of this step, on the rank that saves; the others make no tensors."""
     if args.should_save:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         partial = folder / f"{name}.partial"
-        save_file(tensors, partial)
+        save_file(tensors(), partial)
         os.replace(partial, folder / name)
 
 

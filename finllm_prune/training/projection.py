@@ -53,4 +53,4 @@ class ProjectionCallback(TrainerCallback):
         self.projection.zero_grad()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        save_beside(args, state, PROJECTION_FILE, self.projection.state_dict())
+        save_beside(args, state, PROJECTION_FILE, self.projection.state_dict)

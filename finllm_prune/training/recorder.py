@@ -124,18 +124,22 @@ class Recorder(TrainerCallback):
             self._record(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        rows = [[row[name] for name in _NUMBERS] for moment in self.moments for row in moment]
-        save_beside(args, state, _STATE_FILE, self._before | {"rows": torch.tensor(rows, dtype=torch.float64)})
+        save_beside(args, state, _STATE_FILE, self._saved)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.pruner.finish()  # a run that ends before `freeze` makes its last cut here, which belongs to the record
+        # A run that ends before `freeze` makes its last cut here, which belongs to the record.
+        self.pruner.finish(replaced=args.load_best_model_at_end)
         if not state.is_world_process_zero:
             return
         last = self.moments[-1][0] if self.moments else {"step": 0, "frozen": False}
         if (last["step"], last["frozen"]) != (state.global_step, self.pruner.frozen):
             self._record(state.global_step)
+
+    def _saved(self) -> dict[str, Tensor]:
+        rows = [[row[name] for name in _NUMBERS] for moment in self.moments for row in moment]
+        return self._before | {"rows": torch.tensor(rows, dtype=torch.float64)}
 
     @torch.no_grad()
     def _look(self) -> dict[str, Tensor]:

@@ -9,8 +9,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from finllm_prune.pruning import Group, Magnitude, Rule, Sensitivity
-from finllm_prune.pruning.budgets import select
+from finllm_prune.pruning import Group, Magnitude, Rule, Sensitivity, Uniform
 from finllm_prune.pruning.sensitivity import allocate
 
 logger = logging.getLogger(__name__)
@@ -58,8 +57,7 @@ def _share(model: nn.Module, rule: Rule, groups: list[Group], batches: list[dict
 
 
 def _loss_without(model: nn.Module, group: Group, level: float, batches: list[dict[str, Tensor]]) -> float:
-    scores = Magnitude().score(group, {})
-    group.set_mask(select([scores], max(1, round((1.0 - level) * scores.numel())))[0])
+    group.set_mask(Uniform().share([Magnitude().score(group, {})], 1.0 - level)[0])
     group.park()
     loss = _loss(model, batches)
     group.unpark()

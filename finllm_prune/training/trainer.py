@@ -138,8 +138,7 @@ class PruningCallback(TrainerCallback):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:  # the state is a copy of all scores
-            save_beside(args, state, STATE_FILE, self.pruner.state_dict())
+        save_beside(args, state, STATE_FILE, self.pruner.state_dict)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -28,8 +28,8 @@ _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Gradient(Criterion):
-    """The running mean of ``|g|``, summed over the weights of a unit.
+class _RunningMean(Criterion):
+    """The running mean of what the gradients of a step say about each unit.
 
     Args:
         decay: of the running mean; 0 looks at the last step alone.
@@ -39,42 +39,39 @@ class Gradient(Criterion):
     decay: float = 0.95
 
     def __post_init__(self) -> None:
-        refuse_unless_fraction("gradient", decay=self.decay)
+        refuse_unless_fraction(type(self).__name__.lower(), decay=self.decay)
+
+    def importance(self, group: "Group") -> Tensor:
+        """The unit grid (fp32) of one step."""
+        raise NotImplementedError
 
     def start(self, group: "Group") -> State:
         return {"mean": _zeros(group)}
 
     def observe(self, group: "Group", state: State, step: Step) -> None:
-        blend(state["mean"], group.sum(lambda slot: gradient(slot).abs()), self.decay, step)
+        blend(state["mean"], self.importance(group), self.decay, step)
 
     def score(self, group: "Group", state: State) -> Tensor:
         return state["mean"]
 
 
 @dataclass(frozen=True)
-class Taylor(Criterion):
+class Gradient(_RunningMean):
+    """The running mean of ``|g|``, summed over the weights of a unit."""
+
+    def importance(self, group: "Group") -> Tensor:
+        return group.sum(lambda slot: gradient(slot).abs())
+
+
+@dataclass(frozen=True)
+class Taylor(_RunningMean):
     """The running mean of ``|sum(g * w)|`` (Molchanov et al. 2019, https://arxiv.org/abs/1906.10771).
 
     For single weights it is SNIP's ``|g * w|`` (Lee et al. 2019, https://arxiv.org/abs/1810.02340), averaged over the run.
-
-    Args:
-        decay: of the running mean; 0 looks at the last step alone.
     """
 
-    needs_gradient: ClassVar[bool] = True
-    decay: float = 0.95
-
-    def __post_init__(self) -> None:
-        refuse_unless_fraction("taylor", decay=self.decay)
-
-    def start(self, group: "Group") -> State:
-        return {"mean": _zeros(group)}
-
-    def observe(self, group: "Group", state: State, step: Step) -> None:
-        blend(state["mean"], gate_gradient(group).abs_(), self.decay, step)
-
-    def score(self, group: "Group", state: State) -> Tensor:
-        return state["mean"]
+    def importance(self, group: "Group") -> Tensor:
+        return gate_gradient(group).abs_()
 
 
 @dataclass(frozen=True)
