@@ -17,7 +17,6 @@ import finllm_prune
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import compare
 from finllm_prune.families import find_family
-from finllm_prune.pruning import Constant, Head, Magnitude, Neuron, Pruner, Rule
 from tests import small
 from tests.conftest import tiny_model
 
@@ -158,21 +157,6 @@ def test_rows_of_other_settings_are_not_compared(room: Room) -> None:
     lines = room("bench.table").table([old, row("dense", 0.0, 1, 0.8, 0.8)])
     assert "| dense | 0 | 1 | 0.0001 | 0.800" in lines
     assert "not the newest: 1." in lines
-
-
-def test_shrunk_computes_the_same_with_less(room: Room) -> None:
-    model = tiny_model().eval()
-    rules = [
-        Rule("mlp", 0.75, structure=Neuron(), criterion=Magnitude()),
-        Rule("attention", 0.5, structure=Head(), criterion=Magnitude()),
-    ]
-    pruner = Pruner(find_family("bert").groups(model, rules), Constant())
-    pruner.finish()
-    small_model = room("bench.measure").shrunk(model, pruner)
-    ids = torch.arange(5, 25).view(2, 10)
-    torch.testing.assert_close(small_model(ids).logits, model(ids).logits)
-    shapes = [tuple(linear.weight.shape) for linear in find_family("bert").linears(small_model).values()]
-    assert shapes == 2 * [(16, 32), (16, 32), (16, 32), (32, 16), (16, 32), (32, 16)]
 
 
 def events(peer: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:

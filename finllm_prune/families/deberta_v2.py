@@ -11,4 +11,5 @@ FAMILY = Family(
         optional=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
     ),
     mlp=Part(inputs=("intermediate.dense",), output="output.dense"),
+    counts_heads="attention.self",
 )

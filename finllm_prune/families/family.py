@@ -47,6 +47,8 @@ class Family(Architecture):
         free_heads: whether a config with ``head_dim`` may have fewer heads than fill the hidden width.
         pre_norm: whether a block whose output matrices are zero is an identity.
         shared: whether several blocks share one set of weights.
+        counts_heads: the module of a block that reads the number of its heads from its own ``num_attention_heads``, where
+            there is one; the others take it from the shape of their weights.
     """
 
     model_type: str
@@ -59,6 +61,7 @@ class Family(Architecture):
     free_heads: bool = False
     pre_norm: bool = False
     shared: bool = False
+    counts_heads: str | None = None
 
     def root(self, model: PreTrainedModel) -> str:
         """The path of the list of blocks, from the model's root."""
@@ -73,12 +76,20 @@ class Family(Architecture):
     def sites(self, model: PreTrainedModel, part: str, block: int) -> list[Site]:
         """The matrices of one part ("attention" or "mlp") of one block; the last one is cut along its columns."""
         declared: Part = getattr(self, part)
-        heads = getattr(model.config, self.heads) if part == "attention" else 1
         layers, prefix = self.layers(model), f"{self.root(model)}.{block}"
+        heads = 1
+        if part == "attention":
+            heads = _linear(model, f"{prefix}.{declared.output}").in_features // self.head_width(model.config)
         names = {name for name, _ in layers[block].named_modules()}
         inputs = (*declared.inputs, *(path for path in declared.optional if path in names))
         output = Site(f"{prefix}.{declared.output}", 1, 1, heads, block, len(layers))
         return [*(replace(output, path=f"{prefix}.{path}", axis=0, fused=declared.fused) for path in inputs), output]
+
+    def head_width(self, config: PreTrainedConfig) -> int:
+        """How many columns of the attention's output matrix belong to a head (to a kv group under GQA)."""
+        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_group: int = config.num_attention_heads // getattr(config, self.heads)
+        return head_dim * per_group
 
     def whole_units(self, model: PreTrainedModel, rules: list[Rule]) -> list[Group]:  # type: ignore[override]
         groups = []

@@ -1,6 +1,5 @@
 """One cell, from the dense model of its seed to its row."""
 
-import copy
 import shutil
 import time
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from bench.cells import Cell, Row
 from bench.methods import METHODS
 from bench.protocol import Protocol
 from finllm_prune.evaluation import compare, measure, predict, removed
-from finllm_prune.families import find_family
+from finllm_prune.families import find_family, shrink, without_effect
 from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import Prepared, load_model, prepare
 from finllm_prune.provenance import provenance
@@ -46,7 +45,7 @@ def run(cell: Cell, protocol: Protocol) -> Row:
     started = time.time()
     trainer = protocol.train(ready, student, {}, **parts)
     trained = time.time()
-    small = shrunk(student, pruner) if pruner else student
+    small = shrink(student, without_effect(student)) if pruner else student
     smaller = sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
     made_of = provenance(ready)
     shutil.rmtree(ready.work)
@@ -85,21 +84,6 @@ def on_test(ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel) -
         ready.examples.labels, ready.recipe.task.metrics,
     )  # fmt: skip
     return {**found.metrics, **{key: value for key, value in asdict(found).items() if key != "metrics"}}
-
-
-def shrunk(model: PreTrainedModel, pruner: Pruner) -> PreTrainedModel:
-    """A copy that computes the same without the neurons and heads that are cut: what is there to be timed."""
-    small = copy.deepcopy(model)
-    for group in pruner.groups:
-        for slot in group.slots if group.rule.structure.couples else []:
-            kept = group.rule.structure.expand(group.mask, slot.weight, slot.site).any(1 - slot.site.axis)
-            path, _, name = slot.name.rpartition(".")
-            linear = small.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
-            rest = getattr(linear, name).detach().index_select(slot.site.axis, kept.nonzero().squeeze(1))
-            setattr(linear, name, nn.Parameter(rest))
-            linear.out_features, linear.in_features = linear.weight.shape
-    return small
 
 
 def peer_version(method: str) -> dict[str, str]:
