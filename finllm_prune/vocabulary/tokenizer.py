@@ -35,8 +35,8 @@ def trim_tokenizer(
         (Path(folder) / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
         smaller: PreTrainedTokenizerBase = type(tokenizer).from_pretrained(folder)
     smaller.name_or_path = tokenizer.name_or_path
-    names = tokenizer.convert_ids_to_tokens(list(old))
-    if smaller.get_vocab() != {name: i for i, name in enumerate(names)}:
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    if smaller.get_vocab() != {names[number]: i for i, number in enumerate(old)}:
         raise InputError(
             f"vocabulary: {type(tokenizer).__name__} makes other ids of a trimmed tokenizer.json; keep its vocabulary whole"
         )
