@@ -195,7 +195,9 @@ def test_every_family_gives_the_same_logits_from_its_files(
     assert trimmed.bytes["after"] < trimmed.bytes["before"]
     model.save_pretrained(tmp_path)
     trimmed.tokenizer.save_pretrained(tmp_path)
-    trimmed.prove(type(model).from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
+    # AutoTokenizer takes any tokenizer beside a Qwen2 model for a byte-level one.
+    again = type(tokenizer).from_pretrained(tmp_path)
+    trimmed.prove(type(model).from_pretrained(tmp_path), again)
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.flip(0))
     with pytest.raises(ProofError, match="gives other logits"):
@@ -204,7 +206,7 @@ def test_every_family_gives_the_same_logits_from_its_files(
 
 @pytest.mark.parametrize(
     ("model_type", "tied"),
-    [(name, True) for name in ("bert", "roberta", "albert", "modernbert", "deberta-v2", "llama", "gemma3_text")]
+    [(name, True) for name in FAMILIES if name not in ("mistral", "qwen2", "qwen3", "gemma", "gemma2")]
     + [(name, False) for name in ("modernbert", "llama", "gemma3_text")],
 )
 def test_the_head_of_a_language_model_is_cut_alike(

@@ -71,7 +71,9 @@ def find_task(name: str) -> type[Task]:
     try:
         task: type[Task] = importlib.import_module(f"finllm_prune.tasks.{name}").TASK
     except (ModuleNotFoundError, AttributeError):
-        known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem != "task")
+        known = sorted(
+            path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in ("task", "texts")
+        )
         raise InputError(f"task.name: unknown task '{name}'; known: {', '.join(known)}") from None
     return task
 

@@ -83,7 +83,8 @@ def trim(
     rows = _table(model).num_embeddings
     if max(old) >= rows:
         raise InputError(f"vocabulary: the tokenizer knows {len(tokenizer)} tokens, the model {rows}; they do not fit")
-    kept = frozenset(old)
+    # A word that has no pieces may have some when a longer first piece is gone: nothing is promised of unknown tokens.
+    kept = frozenset(old) - {tokenizer.unk_token_id}
     unchanged = (text for text, row in zip(texts, encode(tokenizer, texts), strict=True) if kept.issuperset(row))
     if not (witnesses := list(islice(unchanged, _WITNESSES))):
         raise InputError(
