@@ -1,0 +1,128 @@
+"""A target in milliseconds, FLOPs or bytes: how many heads and neurons stay in which block, chosen over all of them at once.
+
+The idea is ZipLM's (Kurtic et al. 2023, https://arxiv.org/abs/2302.04089): what counts is the loss per measured millisecond.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the widths of a model cost, as parts of what the dense model costs.
+
+    Args:
+        tables: group name -> float64, shape (units + 1,), never falling: entry k is the cost of the group with k units kept.
+        rest: what no rule can cut, as embeddings and head.
+        limit: what all of it together may cost at the end.
+    """
+
+    tables: Mapping[str, Tensor]
+    rest: float
+    limit: float
+
+    def total(self, kept: Mapping[str, int]) -> float:
+        """The cost of a model with so many units in each group."""
+        return self.rest + sum(float(table[kept[name]]) for name, table in self.tables.items())
+
+    @property
+    def start(self) -> float:
+        """Before anything is cut."""
+        return self.total({name: len(table) - 1 for name, table in self.tables.items()})
+
+    @property
+    def lowest(self) -> float:
+        """With one unit in each group; one always stays."""
+        return self.total(dict.fromkeys(self.tables, 1))
+
+    def due(self, fraction: float) -> float:
+        """What the groups may cost when that fraction of the way has been gone."""
+        return self.start - fraction * (self.start - self.limit) - self.rest
+
+
+def spread(worth: Sequence[Tensor], tables: Sequence[Tensor], limit: float) -> list[Tensor]:
+    """The masks that keep the most worth among those that cost at most ``limit``, nearly.
+
+    Within a group the best units stay, so that only widths are open. Each group's curve of worth over cost is replaced by
+    its upper convex hull, and the pieces of all hulls are bought by worth per cost, as far as the money goes; no single unit
+    could be bought with what is left. Equal widths, filled up in the same way, are taken where they are worth more.
+
+    Args:
+        worth: a 1-dim grid per group, not negative: how much the loss rises without a unit; ties go to the lower index.
+        tables: a ``Costs.tables`` entry per group.
+        limit: one unit of each group stays, whatever it costs.
+    """
+    values = [grid.detach().double().cpu() for grid in worth]
+    orders = [grid.argsort(descending=True, stable=True) for grid in values]
+    gains = [
+        torch.cat([grid.new_zeros(1), grid[order].cumsum(0)]) for grid, order in zip(values, orders, strict=True)
+    ]
+    prices = [table.tolist() for table in tables]
+    pieces = sorted(
+        (-slope, group, first, last)
+        for group, (gain, price) in enumerate(zip(gains, prices, strict=True))
+        for slope, first, last in _hull(price, gain.tolist())
+    )
+    starts = ([1] * len(prices), equal_widths(tables, limit))
+    kept = max(
+        (_grow(start, pieces, tables, limit) for start in starts),
+        key=lambda widths: sum(float(gain[k]) for gain, k in zip(gains, widths, strict=True)),
+    )
+    masks = []
+    for grid, order, k in zip(worth, orders, kept, strict=True):
+        mask = torch.zeros(grid.shape, dtype=torch.bool)
+        mask[order[:k]] = True
+        masks.append(mask.to(grid.device))
+    return masks
+
+
+def equal_widths(tables: Sequence[Tensor], limit: float) -> list[int]:
+    """The largest part of its units, the same in each group, that costs at most ``limit``: how many stay in each."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = _cost(tables, _widths(tables, middle)) <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    whole = _widths(tables, 1.0)
+    return whole if _cost(tables, whole) <= limit else _widths(tables, low)
+
+
+def _widths(tables: Sequence[Tensor], part: float) -> list[int]:
+    return [max(1, int(part * (len(table) - 1))) for table in tables]
+
+
+def _cost(tables: Sequence[Tensor], kept: Sequence[int]) -> float:
+    return sum(float(table[k]) for table, k in zip(tables, kept, strict=True))
+
+
+def _hull(price: list[float], gain: list[float]) -> list[tuple[float, int, int]]:
+    """The pieces (worth per cost, from width, to width) of the upper convex hull, steepest first, from width 1 on."""
+    corners: list[int] = []
+    for k in range(1, len(price)):
+        while len(corners) > 1 and _slope(price, gain, corners[-1], k) >= _slope(price, gain, *corners[-2:]):
+            corners.pop()
+        corners.append(k)
+    return [(_slope(price, gain, a, b), a, b) for a, b in pairwise(corners)]
+
+
+def _slope(price: list[float], gain: list[float], a: int, b: int) -> float:
+    return (gain[b] - gain[a]) / (price[b] - price[a]) if price[b] > price[a] else float("inf")
+
+
+def _grow(
+    kept: Sequence[int], pieces: list[tuple[float, int, int, int]], tables: Sequence[Tensor], limit: float
+) -> list[int]:
+    """Widths after the pieces were bought in their order, each as far as the money goes."""
+    kept = list(kept)
+    money = limit - _cost(tables, kept)
+    for _, group, first, last in pieces:
+        table, now = tables[group], kept[group]
+        if first <= now < last:
+            affordable = int(torch.searchsorted(table, float(table[now]) + money, right=True)) - 1
+            kept[group] = max(now, min(last, affordable))
+            money -= float(table[kept[group]] - table[now])
+    return kept
