@@ -55,6 +55,11 @@ def run(
     _print_rows(report.rows(), "dense against pruned, test split")
     if report.quality.collapsed:
         console.print("[bold red]The pruned model has collapsed: it predicts one class for every text.")
+    if report.target is not None and not report.target["met"]:
+        console.print(
+            f"[bold red]The target was missed: {report.target['kind']} {report.target['asked']:g} asked, "
+            f"{report.target['predicted']:.3f} predicted, {report.target['measured']:.3f} measured."
+        )
     if not report.passed():
         console.print(f"[bold red]A gate failed; everything is written to {loaded.output}.")
         raise typer.Exit(GATE_FAILED)

@@ -24,9 +24,10 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.errors import InputError, one_line
+from finllm_prune.evaluation import Target, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import Calibrated, Rule, refuse_overlap
+from finllm_prune.pruning import Calibrated, Costs, Rule, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task
 from finllm_prune.training import refuse_no_chain
@@ -61,6 +62,7 @@ class Prepared:
         location: what ``from_pretrained`` takes for the base model.
         origin: where the base model came from, in words.
         teacher: what ``from_pretrained`` takes for a teacher that is not the dense baseline.
+        costs: of heads and neurons, where the recipe has a target.
     """
 
     recipe: Recipe
@@ -73,6 +75,7 @@ class Prepared:
     location: str
     origin: str
     teacher: str | None
+    costs: Costs | None
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
@@ -81,6 +84,16 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     Raises:
         InputError: with what is wrong and the remedy; nothing has been written or deleted then.
     """
+    ready = read(recipe, resume=resume, overwrite=overwrite)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        _open_work(recipe, ready.work, resume)
+    PartialState().wait_for_everyone()
+    return ready
+
+
+def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Prepared:
+    """Read and check everything; nothing is written."""
     work = recipe.output.with_name(f"{recipe.output.name}.partial")
     training_arguments(recipe, work, "dense", recipe.dense.training)
     arguments = training_arguments(recipe, work, "prune", {})
@@ -121,11 +134,19 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        _open_work(recipe, work, resume)
-    PartialState().wait_for_everyone()
-    return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher)
+    costs = None
+    if (target := recipe.pruning.target) is not None:
+        _refuse_too_long(target, config)
+        costs = price(target, model, small, groups)
+    return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, costs)
+
+
+def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and target.kind != "size" and target.tokens > longest:
+        raise InputError(
+            f"pruning.target.tokens: the model reads at most {longest} tokens, not {target.tokens}; lower it"
+        )
 
 
 def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:

@@ -74,7 +74,7 @@ class LatencyTable:
         return heads, neurons
 
 
-def latency_table(
+def measured_table(
     dense: PreTrainedModel, model: PreTrainedModel, batch: int, tokens: int, parts: set[str]
 ) -> LatencyTable:
     """The table of this machine, model shape, input shape and number of threads; measured where it is not known yet.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.latency import cpu_threads, measure
-from finllm_prune.evaluation.latency_table import latency_table
+from finllm_prune.evaluation.latency_table import measured_table
 from finllm_prune.families import Family, find_family, narrow, shrink, without_effect
 from finllm_prune.families.shrinking import PARTS
 from finllm_prune.pruning import Costs, Group
@@ -172,7 +172,7 @@ def _by_latency(
     """
     parts = {str(group.rule.structure.couples) for group in groups}
     with cpu_threads(target.threads):
-        table = latency_table(dense, model, target.batch, target.tokens, parts)
+        table = measured_table(dense, model, target.batch, target.tokens, parts)
     place = table.meeting(target.ratio)
     rest = table.at(*place)
     tables: dict[str, Tensor] = {}

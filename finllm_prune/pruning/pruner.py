@@ -48,9 +48,7 @@ class Pruner:
         stages: the groups until the masks freeze, and those from then on; without ``fill`` the same list.
     """
 
-    def __init__(
-        self, groups: list[Group], schedule: Schedule, fill: Sequence[Group] = (), costs: Costs | None = None
-    ):
+    def __init__(self, groups: list[Group], schedule: Schedule, fill: Sequence[Group] = (), costs: Costs | None = None):
         refuse_overlap(groups)
         if {group.name for group in groups if group.rule.sparsity is None} != (set(costs.tables) if costs else set()):
             raise InputError("pruning.rules: give each rule a sparsity, or the Pruner the costs of its groups")
@@ -176,6 +174,8 @@ class Pruner:
             "frozen": torch.tensor(self.frozen),
             "skipped": self.skipped,
         }
+        if self.costs is not None:
+            state |= self.costs.state()
         for group in self.groups:
             state[f"{group.name}/mask"] = group.mask
             if group.gate is not None:
@@ -206,6 +206,8 @@ class Pruner:
         self.progress = float(state["progress"])
         self.skipped = state["skipped"].to(device, copy=True)
         self.frozen, self._states = frozen, {}
+        if self.costs is not None:
+            self.costs = self.costs.restored(state)
         for group in self.groups:
             gate = state.get(f"{group.name}/gate")
             group.set_mask(state[f"{group.name}/mask"].to(device), None if gate is None else gate.to(device, copy=True))

@@ -29,6 +29,16 @@ class Costs:
         """The cost of a model with so many units in each group."""
         return self.rest + sum(float(table[kept[name]]) for name, table in self.tables.items())
 
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint: times that are measured again would be others."""
+        tables = {f"{name}/costs": table for name, table in self.tables.items()}
+        return tables | {"costs": torch.tensor([self.rest, self.limit], dtype=torch.float64)}
+
+    def restored(self, state: Mapping[str, Tensor]) -> "Costs":
+        """The costs that a checkpoint was saved with."""
+        rest, limit = state["costs"].tolist()
+        return Costs({name: state[f"{name}/costs"].cpu() for name in self.tables}, rest, limit)
+
     @property
     def start(self) -> float:
         """Before anything is cut."""
@@ -58,9 +68,7 @@ def spread(worth: Sequence[Tensor], tables: Sequence[Tensor], limit: float) -> l
     """
     values = [grid.detach().double().cpu() for grid in worth]
     orders = [grid.argsort(descending=True, stable=True) for grid in values]
-    gains = [
-        torch.cat([grid.new_zeros(1), grid[order].cumsum(0)]) for grid, order in zip(values, orders, strict=True)
-    ]
+    gains = [torch.cat([grid.new_zeros(1), grid[order].cumsum(0)]) for grid, order in zip(values, orders, strict=True)]
     prices = [table.tolist() for table in tables]
     pieces = sorted(
         (-slope, group, first, last)
