@@ -24,7 +24,6 @@ from finllm_prune.families.shrinking import PARTS
 
 CACHE = Path(HF_HOME) / "finllm_prune"
 _STEPS = {"attention": (0.0, 0.25, 0.5, 0.75, 1.0), "mlp": (0.0, 0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)}
-_KERNEL = 8  # matrix kernels work on that many columns at a time: neurons between two multiples cost no time
 _ROUNDS = 10
 
 
@@ -63,10 +62,7 @@ class LatencyTable:
         """Entry k: the latency with k units of a part and the other part as in ``place``; it never falls with k."""
         axis = self.heads if part == "attention" else self.neurons
         found = [self.at(k, place[1]) if part == "attention" else self.at(place[0], k) for k in axis]
-        units = np.arange(axis[-1] + 1)
-        if part == "mlp":
-            units = np.minimum(-(-units // _KERNEL) * _KERNEL, axis[-1])
-        smooth: NDArray[np.float64] = np.interp(units, axis, isotonic_regression(np.array(found)))
+        smooth: NDArray[np.float64] = np.interp(np.arange(axis[-1] + 1), axis, isotonic_regression(np.array(found)))
         return smooth
 
     def _along(self, part: float) -> tuple[float, float]:
@@ -97,8 +93,9 @@ def measured_table(
     if PartialState().is_main_process:
         key = _key(dense, model, batch, tokens, widths)
         file = CACHE / f"{model.config.model_type}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-        table = _read(file) or _measure(dense, model, batch, tokens, widths[0], widths[1])
-        if not file.exists():
+        table = _read(file)
+        if table is None:
+            table = _measure(dense, model, batch, tokens, widths[0], widths[1])
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"of": key, **asdict(table)}, indent=1) + "\n")
         values = torch.tensor([table.dense_ms, *np.ravel(table.ratios)])

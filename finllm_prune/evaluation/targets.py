@@ -21,6 +21,7 @@ from finllm_prune.pruning import Costs, Group
 
 KINDS = ("latency", "size", "flops")
 TOLERANCE = 0.05
+_KERNEL = 8  # matrix kernels work on that many columns at a time: neurons between two multiples cost no time
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,11 @@ def _by_latency(
     rest = table.at(*place)
     tables: dict[str, Tensor] = {}
     for part in sorted(parts):
-        slice_ = table.slice(part, place)
-        # The model has its blocks' mean: a unit of one block weighs one part in so many.
-        rest -= float(np.interp(place[PARTS.index(part)], np.arange(1, len(slice_)), slice_[1:]) - slice_[1])
-        steps = torch.from_numpy((slice_ - slice_[1]) / len(family.layers(model)))
+        curve = table.slice(part, place)
+        units = np.arange(len(curve))
+        rest -= float(np.interp(place[PARTS.index(part)], units, curve) - curve[1])
+        stairs = curve if part == "attention" else curve[np.minimum(-(-units // _KERNEL) * _KERNEL, units[-1])]
+        # A model takes the mean time of its blocks: one block weighs one part in so many.
+        steps = torch.from_numpy((stairs - curve[1]) / len(family.layers(model)))
         tables |= {group.name: steps for group in groups if group.rule.structure.couples == part}
     return Costs(tables, rest, target.ratio)
