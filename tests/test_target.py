@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from finllm_prune.evaluation import (
     parameter_bytes,
     price,
 )
+from finllm_prune.evaluation.latency_table import equal_blocks
 from finllm_prune.families import find_family, narrow
 from finllm_prune.pruning import Head, Neuron, Rule, Taylor
 from finllm_prune.recipe import parse
@@ -72,25 +74,26 @@ def test_a_smaller_start_counts_towards_the_target() -> None:
 
 
 TABLE = LatencyTable(
-    [1, 2, 4], [1, 16, 32, 64], [[0.2, 0.3, 0.41, 0.6], [0.3, 0.4, 0.4, 0.7], [0.5, 0.6, 0.7, 1.0]], 9.0
+    [1, 2, 4], [1, 16, 32, 64], [[0.2, 0.3, 0.41, 0.6], [0.3, 0.4, 0.38, 0.7], [0.5, 0.6, 0.7, 1.0]], 9.0
 )
 
 
-def test_a_slice_of_the_table_never_falls() -> None:
-    place = TABLE.meeting(0.5)
-    assert TABLE.at(*place) == pytest.approx(0.5, abs=1e-6)
-    assert TABLE.meeting(0.1) == (1, 1)
-    for part, units in (("attention", 4), ("mlp", 64)):
-        cost = TABLE.slice(part, (2, 16))
-        assert len(cost) == units + 1
-        assert (torch.from_numpy(cost).diff() >= 0).all()
-    assert TABLE.slice("mlp", (2, 16))[64] == pytest.approx(TABLE.at(2, 64))
+def test_a_table_never_falls_and_counts_neurons_by_eights() -> None:
+    surface = TABLE.surface()
+    assert surface.shape == (5, 65)
+    assert (np.diff(surface, axis=0) >= 0).all()
+    assert (np.diff(surface, axis=1) >= 0).all()
+    assert surface[4, 64] == 1.0
+    assert surface[3, 16] == pytest.approx((surface[2, 16] + surface[4, 16]) / 2)
+    assert surface[4, 33] == surface[4, 40] < surface[4, 41]
+    heads, neurons = equal_blocks(surface, 0.6)
+    assert 0.45 < surface[heads, neurons] <= 0.6
+    assert equal_blocks(surface, 0.1) == (1, 1)
 
 
-def test_a_part_that_no_rule_cuts_stays_whole_in_the_table() -> None:
-    table = LatencyTable([4], [1, 32, 64], [[0.4, 0.7, 1.0]], 9.0)
-    assert table.at(4, 32) == pytest.approx(0.7)
-    assert table.meeting(0.7) == pytest.approx((4, 32), abs=1e-3)
+def test_a_part_that_no_rule_cuts_costs_the_same_in_the_table() -> None:
+    surface = LatencyTable([4], [1, 32, 64], [[0.4, 0.7, 1.0]], 9.0).surface()
+    assert surface[:, 32] == pytest.approx([0.7] * 5)
 
 
 def few_cells(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -130,7 +133,13 @@ def test_latency_is_shared_out_as_the_table_says(tmp_path: Path, monkeypatch: py
     assert costs.total(kept) == pytest.approx(0.2 + 0.3 + 0.25, abs=1e-6)
     neurons = costs.tables["bert.encoder.layer.0.mlp"]
     assert neurons[25] == neurons[32] < neurons[33], "matrix kernels work on eight columns at a time"
-    with pytest.raises(InputError, match="target.latency: 0[.]1 cannot be reached"):
+    generator = torch.Generator().manual_seed(0)
+    worth = {name: torch.rand(len(table) - 1, generator=generator) for name, table in costs.tables.items()}
+    for fraction in (0.3, 1.0):
+        masks = costs.share(worth, fraction)
+        found = costs.total({name: int(mask.sum()) for name, mask in masks.items()})
+        assert costs.due(fraction) - 0.05 < found <= costs.due(fraction) + 0.002
+    with pytest.raises(InputError, match=r"target.latency: 0\.1 cannot be reached"):
         price(Target(latency=0.1, tokens=8), model, model, find_family("bert").groups(model, RULES))
 
 

@@ -24,7 +24,8 @@ from finllm_prune.families.shrinking import PARTS
 
 CACHE = Path(HF_HOME) / "finllm_prune"
 _STEPS = {"attention": (0.0, 0.25, 0.5, 0.75, 1.0), "mlp": (0.0, 0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)}
-_ROUNDS = 10
+_KERNEL = 8  # matrix kernels work on that many columns at a time: neurons between two multiples cost no time
+_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -42,32 +43,38 @@ class LatencyTable:
     ratios: list[list[float]]
     dense_ms: float
 
-    def at(self, heads: float, neurons: float) -> float:
-        """Between what was measured, by straight lines."""
+    def surface(self) -> NDArray[np.float64]:
+        """The latency for each number of heads and neurons, shape (heads + 1, neurons + 1); it never falls along either.
+
+        Straight lines join what was measured. Entry 0 is that of 1, and neurons count by whole eights.
+        """
         axes = [axis if len(axis) > 1 else [0, *axis] for axis in (self.heads, self.neurons)]
-        grid = np.array(self.ratios)
+        grid = _rising(np.array(self.ratios))
         for number, axis in enumerate((self.heads, self.neurons)):
             grid = grid if len(axis) > 1 else np.repeat(grid, 2, axis=number)
-        return float(RegularGridInterpolator(axes, grid)((heads, neurons)))
+        heads, neurons = (np.maximum(1, np.arange(axis[-1] + 1)) for axis in (self.heads, self.neurons))
+        neurons = np.minimum(-(-neurons // _KERNEL) * _KERNEL, self.neurons[-1])
+        places = np.stack(np.meshgrid(heads, neurons, indexing="ij"), axis=-1)
+        surface: NDArray[np.float64] = RegularGridInterpolator(axes, grid)(places)
+        return surface
 
-    def meeting(self, ratio: float) -> tuple[float, float]:
-        """Heads and neurons of the narrowest equal blocks that take that part of the time, or of the narrowest at all."""
-        low, high = 0.0, 1.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.at(*self._along(middle)) > ratio else (middle, high)
-        return self._along(low)
 
-    def slice(self, part: str, place: tuple[float, float]) -> NDArray[np.float64]:
-        """Entry k: the latency with k units of a part and the other part as in ``place``; it never falls with k."""
-        axis = self.heads if part == "attention" else self.neurons
-        found = [self.at(k, place[1]) if part == "attention" else self.at(place[0], k) for k in axis]
-        smooth: NDArray[np.float64] = np.interp(np.arange(axis[-1] + 1), axis, isotonic_regression(np.array(found)))
-        return smooth
+def equal_blocks(surface: NDArray[np.float64], ratio: float) -> tuple[int, int]:
+    """Heads and neurons, the same part of each, of the widest blocks that take that part of the time, or of the narrowest."""
+    parts = np.linspace(0.0, 1.0, 1001)
+    heads, neurons = (np.maximum(1, np.round(parts * (size - 1))).astype(int) for size in surface.shape)
+    last = max(0, int(np.searchsorted(surface[heads, neurons], ratio, side="right")) - 1)
+    return int(heads[last]), int(neurons[last])
 
-    def _along(self, part: float) -> tuple[float, float]:
-        heads, neurons = (axis[0] + part * (axis[-1] - axis[0]) for axis in (self.heads, self.neurons))
-        return heads, neurons
+
+def _rising(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest table that falls along neither axis: fewer units cannot take longer, so what does is noise."""
+    found = np.minimum(ratios, ratios[-1, -1])
+    for _ in range(50):
+        for axis in (0, 1):
+            found = np.apply_along_axis(isotonic_regression, axis, found)
+    rising: NDArray[np.float64] = np.maximum.accumulate(found, axis=0)  # what the last of the passes left over
+    return rising
 
 
 def measured_table(

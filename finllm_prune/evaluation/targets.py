@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,14 +13,13 @@ from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.latency import cpu_threads, measure
-from finllm_prune.evaluation.latency_table import measured_table
+from finllm_prune.evaluation.latency_table import equal_blocks, measured_table
 from finllm_prune.families import Family, find_family, narrow, shrink, without_effect
 from finllm_prune.families.shrinking import PARTS
 from finllm_prune.pruning import Costs, Group
 
 KINDS = ("latency", "size", "flops")
 TOLERANCE = 0.05
-_KERNEL = 8  # matrix kernels work on that many columns at a time: neurons between two multiples cost no time
 
 
 @dataclass(frozen=True)
@@ -167,22 +165,25 @@ def _by_count(
 def _by_latency(
     target: Target, dense: PreTrainedModel, model: PreTrainedModel, family: Family, groups: list[Group]
 ) -> Costs:
-    """Two slices of the measured table, through the widths at which a model with equal blocks meets the target.
+    """The measured table, and two slices of it through the widths at which equal blocks meet the target.
 
-    There the sum of both is what was measured; away from it, it is as good as what attention and MLP cost apart.
+    The slices steer the choice; what the chosen widths cost together is read from the table.
     """
     parts = {str(group.rule.structure.couples) for group in groups}
     with cpu_threads(target.threads):
-        table = measured_table(dense, model, target.batch, target.tokens, parts)
-    place = table.meeting(target.ratio)
-    rest = table.at(*place)
+        surface = measured_table(dense, model, target.batch, target.tokens, parts).surface()
+    heads, neurons = equal_blocks(surface, target.ratio)
+    rest = surface[heads, neurons]
     tables: dict[str, Tensor] = {}
-    for part in sorted(parts):
-        curve = table.slice(part, place)
-        units = np.arange(len(curve))
-        rest -= float(np.interp(place[PARTS.index(part)], units, curve) - curve[1])
-        stairs = curve if part == "attention" else curve[np.minimum(-(-units // _KERNEL) * _KERNEL, units[-1])]
-        # A model takes the mean time of its blocks: one block weighs one part in so many.
-        steps = torch.from_numpy((stairs - curve[1]) / len(family.layers(model)))
-        tables |= {group.name: steps for group in groups if group.rule.structure.couples == part}
-    return Costs(tables, rest, target.ratio)
+    for part, curve, place in (("attention", surface[:, neurons], heads), ("mlp", surface[heads], neurons)):
+        if part in parts:
+            rest -= curve[place] - curve[1]
+            # A model takes the mean time of its blocks: one block weighs one part in so many.
+            steps = torch.from_numpy((curve - curve[1]) / len(family.layers(model)))
+            tables |= {group.name: steps for group in groups if group.rule.structure.couples == part}
+    if len(parts) == 1:
+        return Costs(tables, float(rest), target.ratio)
+    names = [group.name for group in groups]
+    attention, mlp = ([name for name in names if name.endswith(part)] for part in PARTS)
+    pairs = tuple(zip(attention, mlp, strict=True))
+    return Costs(tables, float(rest), target.ratio, torch.from_numpy(surface), pairs)

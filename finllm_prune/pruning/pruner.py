@@ -27,7 +27,7 @@ from finllm_prune.pruning.criteria import State, Step
 from finllm_prune.pruning.filling import survivors
 from finllm_prune.pruning.groups import Group, Rule
 from finllm_prune.pruning.schedules import Schedule
-from finllm_prune.pruning.targets import Costs, spread
+from finllm_prune.pruning.targets import Costs
 
 logger = logging.getLogger(__name__)
 
@@ -303,12 +303,10 @@ class Pruner:
         """One choice over all groups without a sparsity of their own, once each of them has an order."""
         if self.costs is None or worth.keys() != self.costs.tables.keys():
             return
-        tables = [self.costs.tables[name] for name in worth]
-        masks = spread(list(worth.values()), tables, self.costs.due(fraction))
-        chosen = dict(zip(worth, masks, strict=True))
+        masks = self.costs.share(worth, fraction)
         for group in self.groups:
-            if group.name in chosen:
-                group.set_mask(chosen[group.name])
+            if group.name in masks:
+                group.set_mask(masks[group.name].to(group.mask.device))
 
     def _freeze(self) -> None:
         """The masks are final. Where they are filled, the groups of heads and neurons go on from here, on whole weights."""

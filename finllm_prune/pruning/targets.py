@@ -10,6 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+_TRIES = 5
+_NEAR = 0.002
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -19,25 +22,23 @@ class Costs:
         tables: group name -> float64, shape (units + 1,), never falling: entry k is the cost of the group with k units kept.
         rest: what no rule can cut, as embeddings and head.
         limit: what all of it together may cost at the end.
+        surface: where the costs of two groups do not simply add up, as milliseconds do not: float64, entry (j, k) is the
+            cost of a model all of whose pairs keep j and k units. The tables are slices of it then.
+        pairs: the names of the two groups of each block.
     """
 
     tables: Mapping[str, Tensor]
     rest: float
     limit: float
+    surface: Tensor | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
 
     def total(self, kept: Mapping[str, int]) -> float:
         """The cost of a model with so many units in each group."""
+        if self.surface is not None:
+            blocks = [float(self.surface[kept[first], kept[second]]) for first, second in self.pairs]
+            return sum(blocks) / len(blocks)
         return self.rest + sum(float(table[kept[name]]) for name, table in self.tables.items())
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: times that are measured again would be others."""
-        tables = {f"{name}/costs": table for name, table in self.tables.items()}
-        return tables | {"costs": torch.tensor([self.rest, self.limit], dtype=torch.float64)}
-
-    def restored(self, state: Mapping[str, Tensor]) -> "Costs":
-        """The costs that a checkpoint was saved with."""
-        rest, limit = state["costs"].tolist()
-        return Costs({name: state[f"{name}/costs"].cpu() for name in self.tables}, rest, limit)
 
     @property
     def start(self) -> float:
@@ -50,12 +51,42 @@ class Costs:
         return self.total(dict.fromkeys(self.tables, 1))
 
     def due(self, fraction: float) -> float:
-        """What the groups may cost when that fraction of the way has been gone."""
-        return self.start - fraction * (self.start - self.limit) - self.rest
+        """What the model may cost when that fraction of the way has been gone."""
+        return self.start - fraction * (self.start - self.limit)
+
+    def share(self, worth: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+        """Masks (on the CPU) of all groups together, at most as dear as is due; see ``spread``.
+
+        Where the tables are slices of a surface, the choice is made again with as much more or less money as it was off,
+        and may end up to 0.002 of the dense cost above what is due.
+        """
+        due = self.due(fraction)
+        money, tables = due - self.rest, [self.tables[name] for name in worth]
+        tried: list[tuple[bool, float, int, dict[str, Tensor]]] = []
+        for _ in range(_TRIES):
+            masks = dict(zip(worth, spread(list(worth.values()), tables, money), strict=True))
+            over = self.total({name: int(mask.sum()) for name, mask in masks.items()}) - due
+            tried.append((over > _NEAR, abs(over), len(tried), masks))
+            if self.surface is None or abs(over) <= _NEAR:
+                break
+            money -= over
+        return min(tried, key=lambda choice: choice[:3])[3]
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint: times that are measured again would be others."""
+        tables = {f"{name}/costs": table for name, table in self.tables.items()}
+        tables |= {} if self.surface is None else {"surface": self.surface}
+        return tables | {"costs": torch.tensor([self.rest, self.limit], dtype=torch.float64)}
+
+    def restored(self, state: Mapping[str, Tensor]) -> "Costs":
+        """The costs that a checkpoint was saved with."""
+        rest, limit = state["costs"].tolist()
+        tables = {name: state[f"{name}/costs"].cpu() for name in self.tables}
+        return Costs(tables, rest, limit, state["surface"].cpu() if "surface" in state else None, self.pairs)
 
 
 def spread(worth: Sequence[Tensor], tables: Sequence[Tensor], limit: float) -> list[Tensor]:
-    """The masks that keep the most worth among those that cost at most ``limit``, nearly.
+    """The masks (on the CPU) that keep the most worth among those that cost at most ``limit``, nearly.
 
     Within a group the best units stay, so that only widths are open. Each group's curve of worth over cost is replaced by
     its upper convex hull, and the pieces of all hulls are bought by worth per cost, as far as the money goes; no single unit
@@ -84,7 +115,7 @@ def spread(worth: Sequence[Tensor], tables: Sequence[Tensor], limit: float) -> l
     for grid, order, k in zip(worth, orders, kept, strict=True):
         mask = torch.zeros(grid.shape, dtype=torch.bool)
         mask[order[:k]] = True
-        masks.append(mask.to(grid.device))
+        masks.append(mask)
     return masks
 
 
