@@ -55,10 +55,41 @@ def run(
     _print_rows(report.rows(), "dense against pruned, test split")
     if report.quality.collapsed:
         console.print("[bold red]The pruned model has collapsed: it predicts one class for every text.")
+    if report.target is not None and not report.target["met"]:
+        console.print(
+            f"[bold red]The target was missed: {report.target['kind']} {report.target['asked']:g} asked, "
+            f"{report.target['predicted']:.3f} predicted, {report.target['measured']:.3f} measured."
+        )
     if not report.passed():
         console.print(f"[bold red]A gate failed; everything is written to {loaded.output}.")
         raise typer.Exit(GATE_FAILED)
     console.print(f"Done in {report.run['wall_seconds']['total']:.0f} s: {loaded.output}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, as recipes/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Values to change; a value is YAML.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Predict size, speed, training time and memory of a run; nothing is trained to its end, and nothing written."""
+    import datasets
+
+    from finllm_prune.plan import plan as plan_recipe
+    from finllm_prune.recipe import Recipe
+
+    _refuse_no_folder(json_file)
+    datasets.disable_progress_bars()
+    loaded = Recipe.load(recipe, overrides or [])
+    try:
+        predicted = plan_recipe(loaded)
+    except InputError as error:
+        raise InputError(f"{recipe}: {error}") from error
+    _print_rows(predicted.rows(), f"{recipe}: predicted, dense against pruned")
+    if json_file is not None:
+        json_file.write_text(json.dumps(predicted.to_dict(), indent=2) + "\n")
 
 
 @app.command()
@@ -73,8 +104,7 @@ def evaluate(
     """Measure a model on a test split; with --baseline, hold it against the dense one."""
     from finllm_prune.saved import evaluate_saved
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise InputError(f"--json: there is no folder {json_file.parent}; make it first, or name another file")
+    _refuse_no_folder(json_file)
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length)
     _print_rows(rows, f"{model} on {dataset}")
     if json_file is not None:
@@ -157,6 +187,11 @@ def _options(
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+
+
+def _refuse_no_folder(file: Path | None) -> None:
+    if file is not None and not file.parent.is_dir():
+        raise InputError(f"--json: there is no folder {file.parent}; make it first, or name another file")
 
 
 def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:

@@ -25,9 +25,10 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.errors import InputError, one_line
+from finllm_prune.evaluation import Target, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import Calibrated, Rule, refuse_overlap
+from finllm_prune.pruning import Calibrated, Costs, Rule, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, read_texts
 from finllm_prune.training import refuse_no_chain
@@ -65,6 +66,7 @@ class Prepared:
         origin: where the base model came from, in words.
         teacher: what ``from_pretrained`` takes for a teacher that is not the dense baseline.
         vocabulary: of a trimmed model, with what it changes in validation and test texts.
+        costs: of heads and neurons, where the recipe has a target.
     """
 
     recipe: Recipe
@@ -78,6 +80,7 @@ class Prepared:
     origin: str
     teacher: str | None
     vocabulary: tuple[Trimmed, Change] | None
+    costs: Costs | None
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
@@ -86,6 +89,19 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     Raises:
         InputError: with what is wrong and the remedy; nothing has been written or deleted then.
     """
+    ready = read(recipe, resume=resume, overwrite=overwrite)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        _open_work(recipe, ready.work, resume)
+        if ready.vocabulary is not None:
+            (ready.work / CHECKPOINTS).mkdir(exist_ok=True)
+            (ready.work / CHECKPOINTS / _KEPT).write_text(json.dumps(ready.vocabulary[0].old))
+    PartialState().wait_for_everyone()
+    return ready
+
+
+def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Prepared:
+    """Read and check everything; nothing is written."""
     work = recipe.output.with_name(f"{recipe.output.name}.partial")
     training_arguments(recipe, work, "dense", recipe.dense.training)
     arguments = training_arguments(recipe, work, "prune", {})
@@ -130,14 +146,21 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        _open_work(recipe, work, resume)
-        if vocabulary is not None:
-            (work / CHECKPOINTS).mkdir(exist_ok=True)
-            (work / CHECKPOINTS / _KEPT).write_text(json.dumps(vocabulary[0].old))
-    PartialState().wait_for_everyone()
-    return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary)
+    costs = None
+    if (target := recipe.pruning.target) is not None:
+        _refuse_too_long(target, config)
+        costs = price(target, model, small, groups)
+    return Prepared(
+        recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
+    )
+
+
+def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and target.kind != "size" and target.tokens > longest:
+        raise InputError(
+            f"pruning.target.tokens: the model reads at most {longest} tokens, not {target.tokens}; lower it"
+        )
 
 
 def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import check_gates
+from finllm_prune.evaluation import Target, check_gates
 from finllm_prune.pruning import (
     BUDGETS,
     CRITERIA,
@@ -83,12 +83,15 @@ class Pruning:
             ``training.num_train_epochs: 0``); the criteria of the rules and the schedule do not matter then.
         fill: when the masks freeze, heads and neurons of which anything is left are dense again and the others go
             (``finllm_prune.pruning.filling``); the final sparsity is what results.
+        target: what the pruned model is to cost, as a part of the dense one's time, bytes or FLOPs; the rules for heads and
+            neurons have no sparsity of their own then.
     """
 
     rules: list[Rule]
     schedule: Schedule = field(default_factory=Cubic)
     oneshot: OneShot | None = None
     fill: bool = False
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -200,10 +203,12 @@ def _pruning(data: Any) -> Pruning:
     rules = [_rule(rule, f"pruning.rules.{i}") for i, rule in enumerate(given)]
     schedule = _named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
     fill = typed(bool, settings.get("fill", False), "pruning.fill")
+    target = _optional(Target, settings.get("target"), "pruning.target")
+    _refuse_beside_target(target, rules, settings)
     if fill:
         refuse_unfillable(rules)
     if settings.get("oneshot") in (None, False):
-        return Pruning(rules, schedule, fill=fill)
+        return Pruning(rules, schedule, fill=fill, target=target)
     if fill:
         raise InputError(
             "pruning.fill: masks that are chosen in one shot leave something of every head and neuron; remove fill or oneshot"
@@ -219,6 +224,26 @@ def _pruning(data: Any) -> Pruning:
     return Pruning([dataclasses.replace(rule, criterion=criterion) for rule in rules], schedule, oneshot)
 
 
+def _refuse_beside_target(target: Target | None, rules: list[Rule], settings: dict[str, Any]) -> None:
+    for i, rule in enumerate(rules):
+        where = f"pruning.rules.{i}.sparsity"
+        if target is None and rule.sparsity is None:
+            raise InputError(f"{where}: this key is missing")
+        if target is not None and rule.structure.couples and rule.sparsity is not None:
+            raise InputError(f"{where}: pruning.target decides how many heads and neurons stay; remove the key")
+    if target is None:
+        return
+    if all(rule.sparsity is not None for rule in rules):
+        raise InputError(
+            "pruning.target: no rule cuts heads or neurons; add {target: mlp, structure: neuron, criterion: taylor}"
+        )
+    for key in ("oneshot", "fill"):
+        if settings.get(key):
+            raise InputError(
+                f"pruning.{key}: pruning.target needs masks that are chosen while training; remove one of the two"
+            )
+
+
 def _rule(data: Any, where: str) -> Rule:
     rule = mapping(data, where)
     parts: dict[str, tuple[Mapping[str, type[Any]], str]] = {
@@ -227,13 +252,14 @@ def _rule(data: Any, where: str) -> Rule:
         "budget": (BUDGETS, "uniform"),
     }
     refuse_unknown(rule, ["target", "sparsity", "regularizer", *parts], where)
-    for key in ("target", "sparsity"):
-        if key not in rule:
-            raise InputError(f"{where}.{key}: this key is missing")
+    if "target" not in rule:
+        raise InputError(f"{where}.target: this key is missing")
     built = {key: _named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
     if (penalty := rule.get("regularizer")) is not None:
         built["regularizer"] = _named(REGULARIZERS, penalty, f"{where}.regularizer")
-    sparsity = typed(float, rule["sparsity"], f"{where}.sparsity")
+    if rule.get("sparsity") is None and not built["structure"].couples:
+        raise InputError(f"{where}.sparsity: this key is missing")
+    sparsity = typed(float | None, rule.get("sparsity"), f"{where}.sparsity")
     return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
 
 

@@ -14,7 +14,16 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import ProofError
-from finllm_prune.evaluation import Report, compare, layer_table, measure, predict, removed, weight_bytes
+from finllm_prune.evaluation import (
+    Report,
+    check_target,
+    compare,
+    layer_table,
+    measure,
+    predict,
+    removed,
+    weight_bytes,
+)
 from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.families import find_architecture
 from finllm_prune.hub.card import write_card
@@ -90,7 +99,7 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, l
     teacher, rows = _teacher(ready, student, depth)
     rules = recipe.pruning.rules
     fill = architecture.whole_units(student, rules) if recipe.pruning.fill else []
-    pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill)
+    pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill, ready.costs)
     trainer = _trainer(
         ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording
     )
@@ -149,6 +158,10 @@ def _report(
     exported = {name: find_format(name)(student, ready.tokenizer, work / name) for name in recipe.export}
     measured = "compact" if "compact" in exported else "masked"
     small = exported.get(measured, student)
+    target = None
+    if recipe.pruning.target is not None and ready.costs is not None:
+        kept = {group.name: int(group.mask.sum()) for group in pruner.groups}
+        target = check_target(recipe.pruning.target, ready.costs, dense, student, kept)
     latency = [{"model": measured} | measure(dense, small, batch).to_dict() for batch in (1, 16)]
     report = Report(
         quality=quality,
@@ -161,6 +174,7 @@ def _report(
         | {"mask_hash": pruner.mask_hash(), "skipped_steps": int(pruner.skipped), "wall_seconds": _wall(clock)}
         | {"warnings": list(recorder.warnings.values()) if recorder else []},
         gates=recipe.gates,
+        target=target,
     )
     report.save(work / "report.json")
     draw(report.layers, report.history, work / "plots")

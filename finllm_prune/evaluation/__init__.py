@@ -1,11 +1,14 @@
 """Evaluation: quality, latency, sparsity, the frozen report and its figures."""
 
-from finllm_prune.evaluation.latency import Latency, measure
+from finllm_prune.evaluation.latency import Latency, cpu_threads, measure
+from finllm_prune.evaluation.latency_table import LatencyTable, measured_table
 from finllm_prune.evaluation.quality import Quality, compare, predict
 from finllm_prune.evaluation.report import GATES, Report, check_gates, quality_rows
 from finllm_prune.evaluation.sparsity import layer_table, removed, weight_bytes
+from finllm_prune.evaluation.targets import Target, check_target, flops, parameter_bytes, price
 
 __all__ = [
-    "GATES", "Latency", "Quality", "Report",
-    "check_gates", "compare", "layer_table", "measure", "predict", "quality_rows", "removed", "weight_bytes",
+    "GATES", "Latency", "LatencyTable", "Quality", "Report", "Target",
+    "check_gates", "check_target", "compare", "cpu_threads", "flops", "layer_table", "measure", "measured_table",
+    "parameter_bytes", "predict", "price", "quality_rows", "removed", "weight_bytes",
 ]  # fmt: skip

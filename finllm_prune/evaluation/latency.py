@@ -2,6 +2,8 @@
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +59,17 @@ def measure(dense: PreTrainedModel, small: PreTrainedModel, batch: int, tokens: 
         small_iqr_ms=np.percentile(second, [25, 75]).tolist(),
         ratio=float(np.median(second / first)),
     )
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """That many threads for torch's operators inside the block; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.inference_mode()

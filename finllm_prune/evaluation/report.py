@@ -27,6 +27,7 @@ class Report:
         history: the training's log: step, loss, sparsity.
         run: seed, versions, machine, data, recipe, wall times, warnings.
         gates: the thresholds asked for.
+        target: what the pruned model was to cost (``check_target``); None where the recipe names no target.
     """
 
     quality: Quality
@@ -37,6 +38,7 @@ class Report:
     history: list[dict[str, Any]]
     run: dict[str, Any]
     gates: dict[str, float] = field(default_factory=dict)
+    target: dict[str, Any] | None = None
 
     def value(self, name: str) -> float:
         """The measured value that a gate of this name looks at."""
@@ -71,6 +73,7 @@ class Report:
             "bytes": self.bytes,
             "latency_ratio": self.latency[0]["ratio"],
             "latency": self.latency,
+            "target": self.target,
             "gates": self.verdicts(),
             "passed": self.passed(),
             **self.run,
@@ -100,6 +103,9 @@ class Report:
             out.append((what, f"{entry['dense_ms']:.1f} ms", speed))
         if self.run.get("skipped_steps"):
             out.append(("steps skipped for infinite or NaN gradients", "", str(self.run["skipped_steps"])))
+        if (target := self.target) is not None:
+            what = f"target {target['kind']} {target['asked']:g} of the dense model's"
+            out.append((what, "1.000", f"{target['measured']:.3f} {'met' if target['met'] else 'MISSED'}"))
         for name, verdict in self.verdicts().items():
             sign = "≥" if GATES[name] == "min" else "≤"
             word = "passed" if verdict["passed"] else "FAILED"

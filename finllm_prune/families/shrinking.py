@@ -1,6 +1,7 @@
 """Heads and neurons without effect, and a model without them: each block as narrow as it can be."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,16 @@ def shrink(model: PreTrainedModel, cuts: dict[str, Cut]) -> PreTrainedModel:
         linear.out_features, linear.in_features = linear.weight.shape
     tell_heads(smaller)
     return smaller
+
+
+def narrow(model: PreTrainedModel, widths: Mapping[str, Sequence[int]]) -> PreTrainedModel:
+    """A copy with the first so many units of each part ("attention", "mlp"), block by block."""
+    family = find_family(model.config.model_type)
+    cuts: dict[str, Cut] = {}
+    for part, counts in widths.items():
+        for block, count in enumerate(counts):
+            cuts |= keep(model, family, part, block, torch.arange(count))
+    return shrink(model, cuts)
 
 
 def tell_heads(model: PreTrainedModel) -> None:

@@ -77,7 +77,10 @@ def _linked(name: str) -> str:
 def _verdict(report: Report) -> str:
     if report.quality.collapsed:
         return "**COLLAPSED: this model predicts one class for every text. Do not use it.**"
+    missed = ""
+    if report.target is not None and not report.target["met"]:
+        missed = f" **MISSED the target: {report.target['kind']} {report.target['asked']:g} of the dense model's was asked.**"
     if not report.gates:
-        return "No gates were set for this run."
+        return "No gates were set for this run." + missed
     failed = [name for name, verdict in report.verdicts().items() if not verdict["passed"]]
-    return f"**FAILED gates: {', '.join(failed)}.**" if failed else "All gates of this run passed."
+    return (f"**FAILED gates: {', '.join(failed)}.**" if failed else "All gates of this run passed.") + missed

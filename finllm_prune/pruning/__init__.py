@@ -23,12 +23,13 @@ from finllm_prune.pruning.pruner import Pruner, refuse_overlap
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
 from finllm_prune.pruning.structures import NM, STRUCTURES, Block, Head, Layer, Neuron, Site, Structure, Unstructured
+from finllm_prune.pruning.targets import Costs, equal_widths, spread
 
 __all__ = [
     "BUDGETS", "CRITERIA", "L0", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
-    "Block", "Budget", "Calibrated", "Constant", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient", "Group",
-    "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner", "Random",
-    "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
+    "Block", "Budget", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient",
+    "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner",
+    "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
     "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
-    "pattern_of", "refuse_overlap", "refuse_unfillable", "refuse_unfit",
+    "equal_widths", "pattern_of", "refuse_overlap", "refuse_unfillable", "refuse_unfit", "spread",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Budget, Global, Sensitivity, Uniform
 from finllm_prune.pruning.criteria import Criterion, Movement
 from finllm_prune.pruning.regularizers import Regularizer
-from finllm_prune.pruning.structures import NM, Site, Structure, Unstructured
+from finllm_prune.pruning.structures import NM, Head, Neuron, Site, Structure, Unstructured
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Rule:
 
     Args:
         target: "attention", "mlp" or "encoder" (both), or a pattern of module paths (``families.Architecture``).
-        sparsity: the part of the target's units that is cut at the end, 0 < sparsity < 1.
+        sparsity: the part of the target's units that is cut at the end, 0 < sparsity < 1; None leaves it to the Pruner's
+            costs (``finllm_prune.pruning.targets``), for heads and neurons.
         structure: what is cut together.
         criterion: who survives.
         budget: how the sparsity is shared among the target's matrices.
@@ -27,19 +28,43 @@ class Rule:
     """
 
     target: str
-    sparsity: float
+    sparsity: float | None
     structure: Structure = field(default_factory=Unstructured)
     criterion: Criterion = field(default_factory=Movement)
     budget: Budget = field(default_factory=Uniform)
     regularizer: Regularizer | None = None
 
     def __post_init__(self) -> None:
+        if self.regularizer is not None and not self.criterion.trains_weights:
+            raise InputError(
+                "pruning.rules: a regularizer moves weights, and score_movement freezes them; remove the regularizer"
+            )
+        if self.sparsity is None:
+            self._refuse_unpriced()
+            return
         if not 0 < self.sparsity < 1:
             raise InputError(f"pruning.rules: sparsity must lie between 0 and 1 (exclusive), not {self.sparsity}")
         self.structure.check(self.sparsity)
-        self._refuse_misfits()
+        self._refuse_misfits(self.sparsity)
 
-    def _refuse_misfits(self) -> None:
+    def _refuse_unpriced(self) -> None:
+        """What a target in milliseconds, FLOPs or bytes cannot share out."""
+        if not isinstance(self.structure, Neuron | Head):
+            raise InputError(
+                f"pruning.rules: the rule for {self.target} has no sparsity, and pruning.target shares heads and neurons only; "
+                "set its structure to neuron (target mlp) or head (target attention), or give it a sparsity"
+            )
+        if self.criterion.worth(torch.ones(1)) is None:
+            raise InputError(
+                f"pruning.rules: pruning.target adds up what cuts cost the loss, and the scores of {self.criterion} tell an "
+                "order only; set criterion to taylor, platon or movement with a sensitivity above 0"
+            )
+        if self.budget != Uniform():
+            raise InputError(
+                "pruning.rules: pruning.target is a budget itself, over all its rules; remove the rule's budget"
+            )
+
+    def _refuse_misfits(self, sparsity: float) -> None:
         """Parts of a rule that undo each other."""
         budget = self.budget
         if isinstance(self.structure, NM) and budget not in (Uniform(), Global()):
@@ -47,18 +72,14 @@ class Rule:
                 "pruning.rules: n:m leaves n of every m weights in every matrix, which a budget with knobs would undo; "
                 "set budget: uniform or global, without knobs"
             )
-        if self.regularizer is not None and not self.criterion.trains_weights:
+        if isinstance(budget, Global) and budget.floor > 1.0 - sparsity:
             raise InputError(
-                "pruning.rules: a regularizer moves weights, and score_movement freezes them; remove the regularizer"
+                f"pruning.rules: a floor of {budget.floor} leaves no way to sparsity {sparsity}; "
+                f"set floor to at most {1.0 - sparsity:.6g}"
             )
-        if isinstance(budget, Global) and budget.floor > 1.0 - self.sparsity:
+        if isinstance(budget, Sensitivity) and budget.levels and sparsity > budget.levels[-1]:
             raise InputError(
-                f"pruning.rules: a floor of {budget.floor} leaves no way to sparsity {self.sparsity}; "
-                f"set floor to at most {1.0 - self.sparsity:.6g}"
-            )
-        if isinstance(budget, Sensitivity) and budget.levels and self.sparsity > budget.levels[-1]:
-            raise InputError(
-                f"pruning.rules: sparsity {self.sparsity} is above the highest level tried by budget sensitivity, "
+                f"pruning.rules: sparsity {sparsity} is above the highest level tried by budget sensitivity, "
                 f"{budget.levels[-1]}; add a higher level to levels"
             )
 

@@ -27,6 +27,7 @@ from finllm_prune.pruning.criteria import State, Step
 from finllm_prune.pruning.filling import survivors
 from finllm_prune.pruning.groups import Group, Rule
 from finllm_prune.pruning.schedules import Schedule
+from finllm_prune.pruning.targets import Costs
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +42,21 @@ class Pruner:
         schedule: how fast.
         fill: the heads and neurons that are made dense or taken out when the masks freeze (``Family.whole_units``); they
             take the place of the groups that cut the same matrices.
+        costs: of the groups whose rules have no sparsity of their own, which share its limit.
 
     Attributes:
         stages: the groups until the masks freeze, and those from then on; without ``fill`` the same list.
     """
 
-    def __init__(self, groups: list[Group], schedule: Schedule, fill: Sequence[Group] = ()):
+    def __init__(self, groups: list[Group], schedule: Schedule, fill: Sequence[Group] = (), costs: Costs | None = None):
         refuse_overlap(groups)
+        if {group.name for group in groups if group.rule.sparsity is None} != (set(costs.tables) if costs else set()):
+            raise InputError("pruning.rules: give each rule a sparsity, or the Pruner the costs of its groups")
         filled = {slot.name for group in fill for slot in group.slots}
         rest = [group for group in groups if not any(slot.name in filled for slot in group.slots)]
         self.stages = (groups, [*rest, *fill] if fill else groups)
         self.schedule = schedule
+        self.costs = costs
         self.progress = 0.0
         self.frozen = False
         self.skipped = torch.zeros((), device=groups[0].mask.device)
@@ -169,6 +174,8 @@ class Pruner:
             "frozen": torch.tensor(self.frozen),
             "skipped": self.skipped,
         }
+        if self.costs is not None:
+            state |= self.costs.state()
         for group in self.groups:
             state[f"{group.name}/mask"] = group.mask
             if group.gate is not None:
@@ -199,6 +206,8 @@ class Pruner:
         self.progress = float(state["progress"])
         self.skipped = state["skipped"].to(device, copy=True)
         self.frozen, self._states = frozen, {}
+        if self.costs is not None:
+            self.costs = self.costs.restored(state)
         for group in self.groups:
             gate = state.get(f"{group.name}/gate")
             group.set_mask(state[f"{group.name}/mask"].to(device), None if gate is None else gate.to(device, copy=True))
@@ -262,14 +271,18 @@ class Pruner:
 
     def _choose(self, final: bool, rewind: bool = True) -> None:
         fraction = 1.0 if final else self.schedule.fraction(self.progress)
+        worth: dict[str, Tensor] = {}
         for rule, groups in self._rules().values():
-            density = 1.0 - fraction * rule.sparsity
             states = [self._states[group.name] for group in groups]
             criterion = rule.criterion
             scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
             if any(bool(score.max() == score.min()) and score.numel() > 1 for score in scores):
                 self._no_order(rule, final)
                 continue
+            if rule.sparsity is None:
+                worth |= {group.name: _worth(rule, score) for group, score in zip(groups, scores, strict=True)}
+                continue
+            density = 1.0 - fraction * rule.sparsity
             cutoff = None if final else criterion.cutoff(fraction)
             if cutoff is None:
                 masks = rule.budget.share([rule.structure.rank(score) for score in scores], density)
@@ -280,10 +293,20 @@ class Pruner:
             for group, state, mask in zip(groups, states, masks, strict=True):
                 criterion.compensate(group, state, group.mask & ~mask)
                 group.set_mask(mask)
+        self._share_costs(worth, fraction)
         if final:
             for group in self.groups if rewind else []:
                 group.rewind()
             self._freeze()
+
+    def _share_costs(self, worth: dict[str, Tensor], fraction: float) -> None:
+        """One choice over all groups without a sparsity of their own, once each of them has an order."""
+        if self.costs is None or worth.keys() != self.costs.tables.keys():
+            return
+        masks = self.costs.share(worth, fraction)
+        for group in self.groups:
+            if group.name in masks:
+                group.set_mask(masks[group.name].to(group.mask.device))
 
     def _freeze(self) -> None:
         """The masks are final. Where they are filled, the groups of heads and neurons go on from here, on whole weights."""
@@ -313,6 +336,12 @@ class Pruner:
                 "reason; train longer, begin earlier, or check that gradients reach the target"
             )
         logger.warning("No cut at progress %.3f: all %s scores of a matrix are equal.", self.progress, name)
+
+
+def _worth(rule: Rule, score: Tensor) -> Tensor:
+    worth = rule.criterion.worth(score)
+    assert worth is not None  # the rule refuses such a criterion
+    return worth
 
 
 def refuse_overlap(groups: list[Group]) -> None:

@@ -52,6 +52,7 @@ def prune_once(
             statistics = _observe(method, passes, index, layer, linears)
             for group, seen in zip(groups, statistics, strict=True):
                 weight, rule = group.slots[0].weight, group.rule
+                assert rule.sparsity is not None  # a one-shot method is refused beside a target
                 mask, pruned = method.prune(weight, seen, rule.sparsity, pattern_of(rule.structure))
                 weight.copy_(pruned)
                 # Unlike machines may round differently, and masks must be equal on all ranks; DDP equals the weights.

@@ -43,6 +43,7 @@ def measure_sensitivity(model: nn.Module, groups: list[Group], batches: Iterable
 def _share(model: nn.Module, rule: Rule, groups: list[Group], batches: list[dict[str, Tensor]], dense: float) -> None:
     budget = rule.budget
     assert isinstance(budget, Sensitivity)
+    assert rule.sparsity is not None
     losses = [
         [_loss_without(model, group, level, batches) for level in budget.levels]
         for group in tqdm(groups, desc="sensitivity", leave=False)

@@ -47,6 +47,8 @@ def _never_starts(moments: Sequence[Moment], groups: Sequence[Group], schedule: 
 def _collapses(moments: Sequence[Moment], groups: Sequence[Group], schedule: Schedule) -> str | None:
     low = []
     for row, group in zip(moments[-1], groups, strict=True):
+        if group.rule.sparsity is None:
+            continue  # a target wants uneven widths
         asked = 1.0 - group.rule.sparsity
         # One unit always stays; it is a fault only where the rule asks for clearly more, or for less than one.
         alone = row["kept"] == 1 < row["units"] and not 0.5 <= asked * row["units"] < 2

@@ -55,6 +55,13 @@ class Criterion:
         """The score grid (fp32, finite) from which the next mask is chosen."""
         raise NotImplementedError
 
+    def worth(self, score: Tensor) -> Tensor | None:
+        """Scores as the rise of the loss without a unit (fp32, not negative), which adds up over heads and neurons alike.
+
+        In the order of the scores; None where they tell an order only.
+        """
+        return None
+
     def cutoff(self, fraction: float) -> float | None:
         """The score that a unit must exceed, where the criterion itself decides; None leaves it to the budget."""
         return None

@@ -90,6 +90,10 @@ class Movement(LearnedScores):
             return state["scores"]
         return state["scores"].add(state["exp_avg_sq"].add(_FLOOR).log_(), alpha=0.5 * self.sensitivity)
 
+    def worth(self, score: Tensor) -> Tensor | None:
+        """``rms(g * w)`` times ``e^(S / sensitivity)``: the loss's first-order change, weighed by what the scores learnt."""
+        return (score / self.sensitivity).exp() if self.sensitivity > 0 else None
+
 
 @dataclass(frozen=True)
 class SteeredScores(LearnedScores):

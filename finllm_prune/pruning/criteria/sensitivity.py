@@ -73,6 +73,9 @@ class Taylor(_RunningMean):
     def importance(self, group: "Group") -> Tensor:
         return gate_gradient(group).abs_()
 
+    def worth(self, score: Tensor) -> Tensor | None:
+        return score
+
 
 @dataclass(frozen=True)
 class Platon(Criterion):
@@ -103,6 +106,10 @@ class Platon(Criterion):
 
     def score(self, group: "Group", state: State) -> Tensor:
         return state["mean"] * state["spread"]
+
+    def worth(self, score: Tensor) -> Tensor | None:
+        """The geometric mean of both, which is in units of the loss."""
+        return score.sqrt()
 
 
 @dataclass(frozen=True)
