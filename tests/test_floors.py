@@ -15,7 +15,7 @@ FLOORS = [
     {"recipe", "hub"},
     {"prepare"},
     {"provenance"},
-    {"run", "saved"},
+    {"run", "saved", "export"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
