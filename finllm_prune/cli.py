@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 
 import finllm_prune
 from finllm_prune.errors import InputError, ProofError
+
+if TYPE_CHECKING:
+    from finllm_prune.export import Written
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fine-tune financial language models while pruning them."
@@ -123,13 +126,75 @@ def inspect(model: Annotated[str, typer.Argument(help="A saved model or Hub id."
 
 
 @app.command()
-def verify(model: Annotated[Path, typer.Argument(help="A folder that finllm-prune exported.")]) -> None:
-    """Prove an exported checkpoint again from its files: hashes, zeros, recorded logits."""
+def verify(
+    model: Annotated[
+        Path, typer.Argument(help="A folder that finllm-prune exported, or one that holds such, as a run's.")
+    ],
+) -> None:
+    """Prove exported checkpoints again from their files: hashes, zeros, recorded logits; one line for each.
+
+    Files that are not named in the manifest are allowed for people only (.md, .yaml, .png, no suffix): transformers would
+    take a stray weight file, adapter or script for a part of the model.
+
+    Exit codes: 0 all hold, 2 nothing was exported there, 4 the first that does not hold.
+    """
+    from finllm_prune.checkpoints import exported_in, proved
     from finllm_prune.checkpoints import verify as verify_folder
 
-    manifest = verify_folder(model)
-    zeros = sum(manifest["zeros"].values())
-    console.print(f"{model}: {manifest['format']} checkpoint holds: hashes, {zeros:,} zeros, logits of the probe.")
+    for folder in exported_in(model):
+        console.print(f"{folder}: {proved(verify_folder(folder))}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A saved model in any whole format, or a run's output (its masked/).")],
+    out: Annotated[Path, typer.Argument(help="The folder to make: each format lies in OUT/FORMAT.")],
+    to: Annotated[list[str], typer.Option(metavar="FORMAT", help="A format to write; can be given again.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an OUT that holds exported checkpoints only.")] = False,
+) -> None:
+    """Write a finished model in other formats, each proved equal to it; whole or not at all.
+
+    \b
+    finllm-prune export outputs/quickstart exported --to compact
+    finllm-prune export outputs/quickstart/masked exported --to masked --to compact --overwrite
+
+    masked keeps zeros in place; compact leaves out what has no effect and is smaller and faster. An unknown FORMAT lists
+    all there are. The source is proved first where it has a manifest; its card and recipe are carried along.
+
+    Exit codes: 0 done, 2 bad input or a full disk (OUT is as it was), 4 a proof failed (OUT is as it was).
+    """
+    from finllm_prune.export import export as write
+
+    _print_written(write(model, out, to, overwrite=overwrite), str(model))
+
+
+@app.command()
+def delta(
+    base: Annotated[str, typer.Argument(help="The dense base: a saved model or Hub id.")],
+    model: Annotated[
+        Path, typer.Argument(help="What was made from it, zeros in place; or a run's output (its masked/).")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an OUT that holds exported checkpoints only.")] = False,
+) -> None:
+    """Write what a task changes in a dense base: bitmasks of zeros, and values where they differ.
+
+    \b
+    finllm-prune delta outputs/quickstart/dense outputs/quickstart deltas/quickstart
+
+    Many tasks share one base in memory: finllm_prune.checkpoints.delta.apply turns it into one, remove turns it back. After
+    score_movement, which keeps the base's values, a matrix takes a 32nd; after ordinary fine-tuning the values lie there too.
+
+    Exit codes: as of export.
+    """
+    from finllm_prune.export import export_delta
+
+    written, counts = export_delta(base, model, out, overwrite=overwrite)
+    _print_written([written], str(model))
+    console.print(", ".join(f"{count} tensors {_IN_A_DELTA[kind]}" for kind, count in counts.items()), soft_wrap=True)
+
+
+_IN_A_DELTA = {"equal": "as in the base", "zeros": "with new zeros alone", "values": "with other values"}
 
 
 @app.command()
@@ -198,6 +263,20 @@ def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:
     table = Table("", *(["dense", "pruned"] if len(rows[0]) == 3 else ["measured"]), title=title)
     for row in rows:
         table.add_row(*row)
+    console.print(table)
+
+
+def _print_written(written: "Sequence[Written]", source: str) -> None:
+    table = Table("format", "files", "MB", "of the source", "loads with", "folder", title=f"{source} as")
+    for each in written:
+        table.add_row(
+            each.format,
+            str(each.files),
+            f"{each.bytes / 1e6:.2f}",
+            f"{each.ratio:.3f}",
+            each.loads_with,
+            str(each.folder),
+        )
     console.print(table)
 
 

@@ -9,6 +9,6 @@ class ProofError(RuntimeError):
     """A saved checkpoint is not equal to the model in memory, or to what its manifest says."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What a library said, as a part of such a sentence."""
     return " ".join(str(error).split())

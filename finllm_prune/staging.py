@@ -1,23 +1,44 @@
 """Whole or not at all: folders are written beside their place and renamed when they are complete."""
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finllm_prune.errors import InputError, one_line
+
+UNFINISHED = (".partial", ".old")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that takes its place if the block ends well and vanishes if it does not."""
+    """Yield an empty folder beside ``folder`` that takes its place if the block ends well and vanishes if it does not.
+
+    What a killed process left here is cleaned up first.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    recover(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         publish(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        # A folder within this one may have said it already; the user knows the outer one.
+        cause = error.__cause__ if isinstance(error, InputError) and error.__cause__ else error
+        if _is_disk_full(cause):
+            raise InputError(
+                f"{folder} cannot be written: {one_line(cause)}; free some space there or name a folder on another disk "
+                "(nothing was changed)"
+            ) from cause
         raise
 
 
@@ -29,3 +50,18 @@ def publish(partial: Path, folder: Path) -> None:
         os.rename(folder, old)
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Put the old folder back where a process was killed between the two renames of ``publish``."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Libraries in Rust (safetensors, tokenizers) give the number in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return told is not None and int(told[1]) in _FULL

@@ -18,17 +18,13 @@ from transformers import (
     pipeline,
 )
 
-import finllm_prune.checkpoints
-from finllm_prune.checkpoints import find_format, verify
-from finllm_prune.checkpoints.proof import MANIFEST, save_proved
+from finllm_prune.checkpoints import FORMATS, exported_in, find_format, verify
+from finllm_prune.checkpoints.proof import MANIFEST, save_proved, sha256
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Budget, Constant, Global, Neuron, Pruner, Random, Rule, Uniform, Unstructured
 from tests.conftest import FAMILIES, LABELS, tiny_model
 
-FORMATS = sorted(
-    path.stem for path in Path(finllm_prune.checkpoints.__file__).parent.glob("[a-z]*.py") if path.stem != "proof"
-)
 NEURONS = 64
 
 
@@ -179,12 +175,12 @@ def test_a_save_that_fails_midway_leaves_what_was_there(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, format_name: str
 ) -> None:
     folder = tmp_path / "saved"
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"saved cannot be written: .*No space left.*; free some space there"):
         find_format(format_name)(pruned(), FullDisk(), folder)
     assert list(tmp_path.iterdir()) == []
     find_format(format_name)(pruned(), tokenizer, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"saved cannot be written: .*No space left.*; free some space there"):
         find_format(format_name)(pruned(sparsity=0.5), FullDisk(), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
@@ -267,6 +263,52 @@ def test_verify_holds_the_files_against_the_manifest(
         verify(spoilt)
 
 
+@pytest.mark.parametrize(
+    "name", ["more.safetensors", "adapter_config.json", "pytorch_model.bin", "modeling.py", "vocab.txt"]
+)
+def test_verify_finds_a_file_that_a_loader_may_read_and_nobody_proved(spoilt: Path, name: str) -> None:
+    for allowed in ("README.md", "recipe.yaml", "plot.png", "LICENSE", ".gitattributes"):
+        (spoilt / allowed).write_text("for people")
+    verify(spoilt)
+    (spoilt / name).write_text("for machines")
+    with pytest.raises(ProofError, match=rf"{name} is not a file that was proved"):
+        verify(spoilt)
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change a manifest so that the hashes of the files beside it hold again."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
+    manifest["sha256"] = {name: sha256(folder / name) for name in manifest["sha256"]}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_verify_tells_of_a_newer_version(spoilt: Path) -> None:
+    rewrite(spoilt, format_version=2, zeros="what a later version may hold here")
+    with pytest.raises(ProofError, match=r"made by a newer finllm_prune \(format version 2, known here: 1\); upgrade"):
+        verify(spoilt)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_verify_catches_a_truncated_file_even_with_its_own_hash(spoilt: Path, name: str) -> None:
+    content = (spoilt / name).read_bytes()
+    (spoilt / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ProofError, match=f"{name} is missing or is not the file that was proved"):
+        verify(spoilt)
+    rewrite(spoilt)
+    with pytest.raises(ProofError, match="its files cannot be loaded"):
+        verify(spoilt)
+
+
+def test_what_is_exported_in_a_folder(exported: Path, tmp_path: Path) -> None:
+    assert exported_in(exported) == [exported]
+    assert exported_in(tmp_path / "absent") == [tmp_path / "absent"]
+    for name in ("b", "a", "a.partial", "a.old", "plain"):
+        (tmp_path / name).mkdir()
+        if name != "plain":
+            (tmp_path / name / MANIFEST).write_text("{}")
+    assert exported_in(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+
+
 def test_verify_wants_a_folder_that_was_exported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
@@ -277,8 +319,10 @@ def test_verify_wants_a_folder_that_was_exported(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"^export: unknown format 'gguf'; known: masked, compact$"):
+    with pytest.raises(InputError, match=rf"^export: unknown format 'gguf'; known: {', '.join(FORMATS)}$"):
         find_format("gguf")
+    assert {"masked", "compact"} <= set(FORMATS)
+    assert not {"proof", "delta", "bitmask"} & set(FORMATS)
 
 
 @pytest.mark.slow

@@ -97,8 +97,9 @@ def test_version_and_help(call: Call, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"finllm-prune {finllm_prune.__version__}\n"
     assert call("--help") == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("run", "evaluate", "inspect", "verify", "trim"))
-    for command in ("run", "evaluate", "inspect", "verify", "trim"):
+    commands = ("run", "plan", "evaluate", "inspect", "verify", "export", "delta", "trim")
+    assert all(command in shown for command in commands)
+    for command in commands:
         assert call(command, "--help") == 0
         assert f"finllm-prune {command}" in " ".join(capsys.readouterr().out.split())
 
@@ -222,9 +223,26 @@ def test_a_json_file_in_a_folder_that_does_not_exist_is_told_before_the_evaluati
 
 
 def test_verify_proves_what_a_run_wrote(call: Call, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("masked", "compact"):
-        assert call("verify", finished / name) == 0
-        assert f"{name} checkpoint holds" in " ".join(capsys.readouterr().out.split())
+    assert call("verify", finished / "masked") == 0
+    [masked] = capsys.readouterr().out.splitlines()
+    assert "masked: masked checkpoint holds: hashes" in masked
+    assert call("verify", finished) == 0
+    compact, again = capsys.readouterr().out.splitlines()
+    assert "compact: compact checkpoint holds: hashes" in compact
+    assert again == masked
+
+
+def test_verify_stops_at_the_first_that_does_not_hold(
+    call: Call, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "masked" / "model.safetensors").unlink()
+    assert call("verify", tmp_path / "out") == 4
+    shown = capsys.readouterr()
+    assert "compact checkpoint holds" in shown.out
+    [line] = shown.err.splitlines()
+    assert line.startswith("Proof failed: ")
+    assert "masked/model.safetensors is missing" in line
 
 
 def test_verify_finds_a_changed_weight(
@@ -263,7 +281,7 @@ def test_verify_wants_an_exported_folder(call: Call, finished: Path, capsys: pyt
         ("training.eval_strategy=never", "never is not a valid IntervalStrategy"),
         ("model.keep_layers=[3]", "model.keep_layers: [3] must name blocks of this model"),
         ("distillation.teacher={home}/data", "holds no config.json"),
-        ("export=['[/red]']", "export: unknown format '[/red]'; known: masked, compact"),
+        ("export=['[/red]']", "export: unknown format '[/red]'; known: compact, "),
         ("task.text_column='[bold]'", "there is no column '[bold]' (task.text_column)"),
     ],
 )

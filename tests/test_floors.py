@@ -15,7 +15,7 @@ FLOORS = [
     {"recipe", "hub"},
     {"prepare"},
     {"provenance"},
-    {"run", "saved", "plan", "trim"},
+    {"run", "saved", "export", "plan", "trim"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import finllm_prune
-from finllm_prune.errors import InputError, ProofError
+from finllm_prune.errors import InputError, ProofError, one_line
 from finllm_prune.families import find_architecture
-from finllm_prune.staging import staged
+from finllm_prune.staging import UNFINISHED, staged
 
 MANIFEST = "finllm_prune.json"
+FORMAT_VERSION = 1
 TOLERANCE = 1e-5
+_FOR_PEOPLE = ("", ".md", ".yaml", ".png")
 
 
 def save_proved(
@@ -41,7 +44,7 @@ def save_proved(
             raise ProofError(f"{folder}: the reloaded weights are not those of the saved model; nothing was kept")
         manifest = {
             "format": format_name,
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
             "zeros": zeros,
             "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir()) if path.is_file()},
@@ -53,29 +56,83 @@ def save_proved(
 def verify(folder: Path) -> dict[str, Any]:
     """Prove a saved checkpoint again from its files alone: hashes, zeros, logits of the recorded probe.
 
+    A delta has a model only beside its base: its hashes are proved here, the rest where it is applied.
+
     Returns:
         The manifest.
 
     Raises:
-        ProofError: a file, a zero or a logit is not what the manifest says.
+        InputError: the folder was not exported by finllm-prune.
+        ProofError: a file, a zero or a logit is not what the manifest says, or a file lies there that it does not name.
     """
+    manifest = read_manifest(folder)
+    if manifest["format"] == "delta":
+        return manifest
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        hashes, zeros, _ = dict(manifest["sha256"]), dict(manifest["zeros"]), manifest["format"]
+        zeros = dict(manifest["zeros"])
         ids, logits = (torch.tensor(manifest["probe"][key]) for key in ("input_ids", "logits"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} holds no {MANIFEST}: it is not a checkpoint that finllm-prune exported") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ProofError(f"{folder / MANIFEST} is damaged ({error}); export the checkpoint anew") from error
-    for name, expected in hashes.items():
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise ProofError(f"{folder / name} is missing or is not the file that was proved; export it anew")
-    model = _load(folder)
+        raise _damaged(folder, error) from error
+    try:
+        model = _load(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ProofError(f"{folder}: its files cannot be loaded: {one_line(error)}; export it anew") from error
     if zero_counts(model) != zeros:
         raise ProofError(f"{folder}: the weights have other zeros than the manifest says; export it anew")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     _compare(_logits(model, inputs), logits, folder)
     return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose files are those that it names, to the bit.
+
+    Beside them only what people read may lie there (card, recipe, plots): transformers would take a second weight file, an
+    adapter or code for a part of the model.
+
+    Raises:
+        InputError, ProofError: as ``verify``.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        hashes, version, _ = dict(manifest["sha256"]), int(manifest["format_version"]), manifest["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} holds no {MANIFEST}: it is not a checkpoint that finllm-prune exported") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    if version > FORMAT_VERSION:
+        raise ProofError(
+            f"{folder} was made by a newer finllm_prune (format version {version}, known here: {FORMAT_VERSION}); "
+            "upgrade: pip install -U finllm-prune"
+        )
+    for name, expected in hashes.items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise ProofError(f"{folder / name} is missing or is not the file that was proved; export it anew")
+    known = {*hashes, MANIFEST}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in known and path.suffix not in _FOR_PEOPLE:
+            raise ProofError(
+                f"{path} is not a file that was proved, and a loader may read it; remove it, or export anew"
+            )
+    return manifest
+
+
+def _damaged(folder: Path, error: Exception) -> ProofError:
+    return ProofError(f"{folder / MANIFEST} is damaged ({error}); export the checkpoint anew")
+
+
+def exported_in(folder: Path) -> list[Path]:
+    """The exported checkpoints directly in a folder, as in the output of a run; without any, the folder itself."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() and not (folder / MANIFEST).is_file() else []
+    return [path for path in inside if (path / MANIFEST).is_file() and path.suffix not in UNFINISHED] or [folder]
+
+
+def proved(manifest: dict[str, Any]) -> str:
+    """What ``verify`` has proved, in words."""
+    if manifest["format"] == "delta":
+        return "delta holds: hashes; what it makes of its base is proved whenever it is applied."
+    zeros = sum(manifest["zeros"].values())
+    return f"{manifest['format']} checkpoint holds: hashes, {zeros:,} zeros, logits of the probe."
 
 
 def zero_counts(model: PreTrainedModel) -> dict[str, int]:

@@ -46,6 +46,11 @@ def locate(name: str, key: str = "model") -> tuple[str, str]:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"{key}: the folder {name} holds no config.json; name a saved transformers model")
+        if not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+            raise InputError(
+                f"{key}: the folder {name} holds pickled weights (.bin) only, which can run code; load it where you trust it "
+                "and save it anew with save_pretrained, which writes safetensors"
+            )
         return name, f"local folder {Path(name).name}"
     try:
         cached = try_to_load_from_cache(name, "config.json")
