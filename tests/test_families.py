@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
+from finllm_prune.evaluation import removed
 from finllm_prune.families import Architecture, find_architecture, find_family
 from finllm_prune.pruning import STRUCTURES, Constant, Head, Layer, Neuron, Pruner, Random, Rule
 from tests.conftest import DECODERS, FAMILIES, tiny_model
@@ -163,6 +164,27 @@ def test_a_model_with_fewer_blocks_is_a_plain_one(
 def test_shared_blocks_cannot_be_dropped() -> None:
     with pytest.raises(InputError, match="the blocks of albert share one set of weights, so none can be dropped"):
         find_family("albert").keep_layers(tiny_model("albert"), [0])
+
+
+def test_each_of_several_sets_of_shared_weights_is_cut(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = loud(tiny_model("albert", layers=4, num_hidden_groups=2))
+    pruner = make_pruner(model, make_rule("neuron"), make_rule("head"))
+    assert len(pruner.groups) == 4
+    train(model, pruner, make_optimizer(model), make_batches(3))
+    pruner.finish()
+    assert removed(tiny_model("albert", layers=4, num_hidden_groups=2), model)["encoder_linear"] == 0.5
+    find_format("masked")(model, tokenizer, tmp_path / "masked")
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked")
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_linear_layer_that_the_family_does_not_name_is_refused(structure: str) -> None:
+    """It would stay dense without a word."""
+    with pytest.raises(
+        InputError, match=r"layer_groups\.0\.albert_layers\.1\.\S+ is a linear layer.*inner_group_num: 1"
+    ):
+        make_pruner(tiny_model("albert", inner_group_num=2), make_rule(structure))
 
 
 def test_the_depth_is_that_of_the_hidden_states() -> None:
