@@ -1,7 +1,7 @@
 """Weights that are cut by one unit grid, and the values that wait beside the model while they are cut."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -176,3 +176,12 @@ class Group:
             slot.parked = None
             if slot.pruned is not None:
                 slot.weight.masked_fill_(slot.pruned, 0)
+
+
+def give_densities(groups: Sequence[Group], densities: Sequence[float]) -> None:
+    """What a dry pass has found for the groups of one rule with ``budget: sensitivity``: the rule knows it from now on."""
+    rule = groups[0].rule
+    assert isinstance(rule.budget, Sensitivity)
+    measured = replace(rule, budget=replace(rule.budget, densities=tuple(densities)))
+    for group in groups:
+        group.rule = measured

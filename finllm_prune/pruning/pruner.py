@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from finllm_prune.errors import InputError
+from finllm_prune.pruning.budgets import Sensitivity
 from finllm_prune.pruning.criteria import State, Step
 from finllm_prune.pruning.filling import survivors
-from finllm_prune.pruning.groups import Group, Rule
+from finllm_prune.pruning.groups import Group, Rule, give_densities
 from finllm_prune.pruning.schedules import Schedule
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,9 @@ class Pruner:
                 state[f"{group.name}/state/{key}"] = tensor
             for slot in group.slots:
                 state |= {f"{slot.name}/{key}": kept for key in _KEPT if (kept := getattr(slot, key)) is not None}
+        for groups, budget in self._measured():
+            for group, density in zip(groups, budget.densities, strict=False):  # none before the dry pass
+                state[f"{group.name}/density"] = torch.tensor(density, dtype=torch.float64)
         return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
 
     @torch.no_grad()
@@ -184,11 +188,20 @@ class Pruner:
         """The inverse of ``state_dict``, on the model whose weights were saved with it."""
         frozen = bool(state.get("frozen", False))
         expected = {f"{group.name}/mask": group.mask.shape for group in self.stages[frozen]}
+        expected |= {
+            f"{group.name}/density": torch.Size()
+            for group in self.stages[frozen]
+            if isinstance(group.rule.budget, Sensitivity)
+        }
         if not frozen:
             expected |= {
                 f"{name}/state/{key}": tensor.shape for name, own in self._states.items() for key, tensor in own.items()
             }
-        found = {key: tensor.shape for key, tensor in state.items() if key.endswith("/mask") or "/state/" in key}
+        found = {
+            key: tensor.shape
+            for key, tensor in state.items()
+            if key.endswith(("/mask", "/density")) or "/state/" in key
+        }
         if found != expected:
             other = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))[0]
             raise InputError(
@@ -199,6 +212,8 @@ class Pruner:
         self.progress = float(state["progress"])
         self.skipped = state["skipped"].to(device, copy=True)
         self.frozen, self._states = frozen, {}
+        for groups, _ in self._measured():
+            give_densities(groups, [float(state[f"{group.name}/density"]) for group in groups])
         for group in self.groups:
             gate = state.get(f"{group.name}/gate")
             group.set_mask(state[f"{group.name}/mask"].to(device), None if gate is None else gate.to(device, copy=True))
@@ -252,6 +267,12 @@ class Pruner:
         for group in self.groups:
             rules.setdefault(id(group.rule), (group.rule, []))[1].append(group)
         return rules
+
+    def _measured(self) -> list[tuple[list[Group], Sensitivity]]:
+        """The groups of each rule whose densities come from a dry pass, and where they are kept."""
+        return [
+            (groups, rule.budget) for rule, groups in self._rules().values() if isinstance(rule.budget, Sensitivity)
+        ]
 
     def _regularize(self, part: float) -> None:
         """The proximal step of a rule's penalty on whole weights, over the given part of the run."""
