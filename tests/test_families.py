@@ -4,33 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import removed
 from finllm_prune.families import Architecture, find_architecture, find_family
 from finllm_prune.pruning import STRUCTURES, Constant, Head, Layer, Neuron, Pruner, Random, Rule
-from tests.conftest import DECODERS, FAMILIES, tiny_model
+from tests.conftest import DECODERS, FAMILIES, logits, loud, tiny_model
 from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
-
-
-def loud(model: PreTrainedModel) -> PreTrainedModel:
-    """Larger weights than those of a fresh model, and biases that are no zeros, so that every unit moves the logits."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 or name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    return model.eval()
-
-
-@torch.inference_mode()
-def logits(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones_like(ids)
-    mask[0, 7:] = 0
-    return model.eval()(input_ids=ids, attention_mask=mask).logits
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

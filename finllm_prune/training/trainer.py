@@ -195,7 +195,7 @@ def refuse_unsupported(args: TrainingArguments) -> None:
 
 
 def _not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
-    """1.0 where a gradient of what is trained (a teacher's projection too) is infinite or NaN: the loss scaler skips the step."""
+    """1.0 where a gradient of what the optimizer trains is infinite or NaN: then the loss scaler skips the step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sums = [parameter.grad.sum(dtype=torch.float32) for parameter in parameters if parameter.grad is not None]
     return (~torch.isfinite(torch.stack(sums))).any().float()
