@@ -19,6 +19,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.evaluation.plots import draw_record
 from finllm_prune.families import find_family
 from finllm_prune.pruning import (
+    CRITERIA,
     Block,
     Criterion,
     Cubic,
@@ -364,6 +365,37 @@ def test_scores_that_stand_still_are_told(tmp_path: Path) -> None:
     assert set(recorder.warnings) == {"stall"}
     assert "2 of 2 layers" in recorder.warnings["stall"]
     assert "in 3 records up to step 3" in recorder.warnings["stall"]
+
+
+def watched(criterion: Criterion, alive: float, steps: int = 400) -> dict[str, str]:
+    """The warnings of a run of one layer whose gradients are zero from a part of it on."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(20, 30, generator=generator))
+    group = Group("layer", Rule("encoder", 0.5, criterion=criterion), [Slot("layer.weight", weight, Site("layer"))])
+    pruner = Pruner([group], Cubic(begin=0.1))
+    recorder = Recorder(pruner, Recording())
+    args, control, state = TrainingArguments(), TrainerControl(), TrainerState(max_steps=steps)
+    recorder.on_train_begin(args, state, control)
+    for step in range(1, steps + 1):
+        weight.grad = torch.randn(20, 30, generator=generator) * float(step <= alive * steps)
+        pruner.before_step(step / steps)
+        pruner.after_step()
+        state.global_step = step
+        recorder.on_step_end(args, state, control)
+    return recorder.warnings
+
+
+LEARN = [name for name in CRITERIA if name not in ("magnitude", "random")]
+
+
+@pytest.mark.parametrize("criterion", LEARN)
+def test_gradients_that_die_in_mid_run_are_told_though_the_scores_may_drift_on(criterion: str) -> None:
+    assert "in 3 records up to step" in watched(CRITERIA[criterion](), alive=0.2)["stall"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_criterion_that_learns_to_the_end_or_never_does_not_stall(criterion: str) -> None:
+    assert "stall" not in watched(CRITERIA[criterion](), alive=1.0)
 
 
 # What is made of it

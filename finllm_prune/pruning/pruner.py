@@ -144,6 +144,11 @@ class Pruner:
             group.park()
         return scores
 
+    def learned(self) -> dict[str, Tensor]:
+        """Group name -> what the gradients have taught its criterion, for the groups where they do; empty once frozen."""
+        found = {} if self.frozen else {g.name: g.rule.criterion.learned(self._states[g.name]) for g in self.groups}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def mask_hash(self) -> str:
         """sha256 of all masks: equal on all ranks and on a resumed run, or something is wrong."""
         digest = hashlib.sha256()

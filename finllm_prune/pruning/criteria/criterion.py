@@ -35,9 +35,6 @@ class Step:
 class Criterion:
     """The base of all criteria: override what the idea needs."""
 
-    needs_gradient: ClassVar[bool] = False
-    """Whether scores change with the gradients that are observed."""
-
     trains_weights: ClassVar[bool] = True
     """Whether the optimizer may move the target's weights; False freezes them for the whole run."""
 
@@ -54,6 +51,13 @@ class Criterion:
     def score(self, group: "Group", state: State) -> Tensor:
         """The score grid (fp32, finite) from which the next mask is chosen."""
         raise NotImplementedError
+
+    def learned(self, state: State) -> Tensor | None:
+        """What the gradients alone have taught (any shape), for the recorder, up to a factor; None where they teach nothing.
+
+        A score may drift on while no gradient arrives; this stands still then, or all of it fades alike.
+        """
+        return None
 
     def cutoff(self, fraction: float) -> float | None:
         """The score that a unit must exceed, where the criterion itself decides; None leaves it to the budget."""

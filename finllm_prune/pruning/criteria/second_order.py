@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ class SecondOrder(Criterion):
         correct: whether cuts move the weights that stay.
     """
 
-    needs_gradient: ClassVar[bool] = True
     block: int = 50
     gradients: int = 64
     damp: float = 1e-7
@@ -73,6 +72,9 @@ class SecondOrder(Criterion):
         cost = self._grid(weight.square() / (2.0 * self._diagonal(state)), group)
         # The others have made up for what is cut: it does not come back.
         return cost.masked_fill(~group.mask, -1.0)
+
+    def learned(self, state: State) -> Tensor:
+        return self._diagonal(state)
 
     def compensate(self, group: "Group", state: State, leaving: Tensor) -> None:
         if not self.correct:
