@@ -1,6 +1,7 @@
 """The flight recorder: exact counts, a gapless table, the log, the plots, and warnings that come when they should."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.plots import draw_record
@@ -221,6 +223,38 @@ def test_the_log_holds_each_moment_once_in_five_numbers(tmp_path: Path) -> None:
         assert ours["pruning/density_min"] == part["density"].min()
         assert ours["pruning/churn"] == pytest.approx(part["churn"].mean())
         assert ours["pruning/regrown"] == pytest.approx((part["regrown"] / part["units"]).mean())
+
+
+class Board(TensorBoardCallback):
+    """transformers' own integration, which drops what is no number, with a writer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tb_writer: Any = self  # its own __init__ only asks for the tensorboard package
+        self.logging_dir = ""
+        self.scalars: dict[int, dict[str, float]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.setdefault(step, {})[name] = value
+
+    def add_text(self, *args: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_numbers_of_the_recorder_reach_a_logger_of_report_to(tmp_path: Path) -> None:
+    board = Board()
+    run, _ = recorded(tmp_path, RULES["unstructured"], Recording(every=0.25), callbacks=[board], logging_steps=1)
+    run.train()
+    names = ["density_min", "churn", "regrown", "movement", "score_median"]
+    for step in (3, 6, 9):
+        ours = {name: board.scalars[step][f"train/pruning/{name}"] for name in names}
+        ours["sparsity"] = board.scalars[step]["train/sparsity"]
+        assert all(type(value) is float and math.isfinite(value) for value in ours.values()), ours
+    for entry in run.state.log_history:
+        logged = {f"train/{name}" for name in entry if name != "step"}
+        assert logged <= board.scalars[entry["step"]].keys(), "none was dropped"
 
 
 def test_the_last_cut_of_a_run_that_ends_early_is_recorded(tmp_path: Path) -> None:
