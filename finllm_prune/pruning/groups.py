@@ -51,7 +51,7 @@ class Rule:
             raise InputError(
                 "pruning.rules: a regularizer moves weights, and score_movement freezes them; remove the regularizer"
             )
-        if isinstance(budget, Global) and budget.floor > 1.0 - self.sparsity:
+        if isinstance(budget, Global) and budget.floor > 1.0 - self.sparsity + 1e-9:
             raise InputError(
                 f"pruning.rules: a floor of {budget.floor} leaves no way to sparsity {self.sparsity}; "
                 f"set floor to at most {1.0 - self.sparsity:.6g}"

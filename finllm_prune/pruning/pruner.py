@@ -17,6 +17,7 @@ equal on all ranks when ``before_step`` runs, and so are the masks.
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -293,7 +294,14 @@ class Pruner:
             states = [self._states[group.name] for group in groups]
             criterion = rule.criterion
             scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
-            if any(bool(score.max() == score.min()) and score.numel() > 1 for score in scores):
+            bounds = [torch.aminmax(score) for score in scores]
+            for group, (low, high) in zip(groups, bounds, strict=True):
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise InputError(
+                        f"pruning: the scores of {group.name} are infinite or NaN at {self.progress:.0%} of the run, for the "
+                        "training has diverged; lower training.learning_rate or set training.max_grad_norm"
+                    )
+            if any(bool(low == high) and score.numel() > 1 for score, (low, high) in zip(scores, bounds, strict=True)):
                 self._no_order(rule, final)
                 continue
             cutoff = None if final else criterion.cutoff(fraction)
