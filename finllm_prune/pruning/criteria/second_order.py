@@ -24,10 +24,10 @@ class SecondOrder(Criterion):
     its block by ``-w_i / [F^-1]_ii * F^-1[:, i]``, the optimal brain surgeon's correction.
 
     The inverse takes ``4 * block`` bytes per weight, in memory and in each checkpoint, fp32 because it starts at
-    ``1 / damp``, beyond fp16, and lives on differences that bf16 rounds away; a run says how much before it trains.
+    ``1 / damp``, beyond fp16, and bf16 has too few digits for a sum over a whole run; a run says how much before it trains.
 
     Args:
-        block: weights per block of F; a tenth of the memory, 5, keeps most of the correction.
+        block: weights per block of F.
         gradients: m, the number of gradients that one estimate is meant to hold.
         damp: the diagonal before any gradient.
         every: optimizer steps between two observed gradients.
