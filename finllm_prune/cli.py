@@ -102,6 +102,47 @@ def verify(model: Annotated[Path, typer.Argument(help="A folder that finllm-prun
     console.print(f"{model}: {manifest['format']} checkpoint holds: hashes, {zeros:,} zeros, logits of the probe.")
 
 
+@app.command()
+def trim(
+    model: Annotated[str, typer.Argument(help="A saved model or Hub id, of any head.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    texts: Annotated[
+        str,
+        typer.Option(
+            help="Where tokens are counted: .txt (a text a line), .jsonl, .csv, .parquet, a folder of splits, or builtin."
+        ),
+    ],
+    held_out: Annotated[
+        str | None, typer.Option(help="Texts to measure the change on; of a folder, validation and test.")
+    ] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="A token stays if it occurs this often.")] = 1,
+    column: Annotated[str, typer.Option(help="The column of the text, where there are columns.")] = "text",
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the folder.")] = False,
+) -> None:
+    """Keep only the tokens that some texts use: embeddings are over half of a small encoder.
+
+    Special tokens and single characters (or bytes) stay, so that every text can still be encoded; a word whose token is gone
+    falls into smaller pieces, which --held-out counts. On texts of kept tokens the model gives the same logits: this is
+    proved from the written files, or nothing is left behind. The more texts, the safer: take all that you can get, not only
+    the labelled ones, and fine-tune afterwards if many tokens change.
+
+    \b
+    finllm-prune trim outputs/quickstart/compact small --texts builtin --held-out builtin
+    finllm-prune trim outputs/quickstart/compact small --texts filings.txt --min-count 2
+    """
+    from finllm_prune.trim import trim_saved
+
+    trimmed, change = trim_saved(model, out, texts, held_out, min_count, column, overwrite)
+    before, after = (trimmed.bytes[when] for when in ("before", "after"))
+    console.print(f"{out}: {len(trimmed.old):,} of {trimmed.whole:,} tokens stay.", soft_wrap=True, highlight=False)
+    console.print(
+        f"Weights: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({after / before:.2f} ×).", highlight=False
+    )
+    console.print(f"Proved on {len(trimmed.texts)} texts of kept tokens: the same logits.", highlight=False)
+    if change is not None:
+        console.print(f"Of {change.texts:,} texts, {change}.", soft_wrap=True, highlight=False)
+
+
 def _version(show: bool) -> None:
     if show:
         console.print(f"finllm-prune {finllm_prune.__version__}", highlight=False)

@@ -1,5 +1,6 @@
 """Everything that can be found wrong before training: output, data, model, rules, arguments."""
 
+import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -28,14 +29,16 @@ from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import Calibrated, Group, Rule, SecondOrder, refuse_overlap
 from finllm_prune.recipe import Recipe
-from finllm_prune.tasks import Examples, Task
+from finllm_prune.tasks import Examples, Task, read_texts
 from finllm_prune.training import refuse_no_chain
 from finllm_prune.training.trainer import refuse_unsupported
+from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 _MUCH = 10**9  # bytes of a criterion's state that are told before training
+_KEPT = "vocabulary.json"
 _REMEDY = "use --overwrite to replace it, or set another output"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,11 +60,12 @@ class Prepared:
         arguments: of the pruning phase.
         examples: the data, label order as in ``model``.
         tokens: split -> tokenized rows.
-        tokenizer: of the base model.
+        tokenizer: of the base model, trimmed if the recipe says so.
         model: the base model with a head for the task, not yet trained on it.
         location: what ``from_pretrained`` takes for the base model.
         origin: where the base model came from, in words.
         teacher: what ``from_pretrained`` takes for a teacher that is not the dense baseline.
+        vocabulary: of a trimmed model, with what it changes in validation and test texts.
     """
 
     recipe: Recipe
@@ -74,6 +78,7 @@ class Prepared:
     location: str
     origin: str
     teacher: str | None
+    vocabulary: tuple[Trimmed, Change] | None
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
@@ -120,14 +125,21 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
             f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
             "in its config (the end-of-text token will do) and save both"
         )
+    vocabulary = None if recipe.vocabulary is None else _trim(recipe.vocabulary, model, tokenizer, examples)
+    tokenizer = tokenizer if vocabulary is None else vocabulary[0].tokenizer
+    if resume and vocabulary is not None:
+        _check_vocabulary(work, vocabulary[0])
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         _open_work(recipe, work, resume)
+        if vocabulary is not None:
+            (work / CHECKPOINTS).mkdir(exist_ok=True)
+            (work / CHECKPOINTS / _KEPT).write_text(json.dumps(vocabulary[0].old))
     PartialState().wait_for_everyone()
-    return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher)
+    return Prepared(recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary)
 
 
 def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:
@@ -153,6 +165,30 @@ def _tell_size(groups: list[Group]) -> None:
             "criterion second_order: its state takes %.1f GB, in memory and in each checkpoint of the pruning phase; a smaller "
             "block takes less, and training.save_total_limit: 1 keeps one checkpoint.", sum(parts) / 1e9,
         )  # fmt: skip
+
+
+def _trim(
+    asked: Trim, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples
+) -> tuple[Trimmed, Change]:
+    """The model is cut in place; what that changes is counted on the splits that training does not see."""
+    texts = {name: list(rows["text"]) for name, rows in examples.splits.items()}
+    used = texts["train"] if asked.texts == "train" else [text for split in texts.values() for text in split]
+    if asked.extra is not None:
+        used += read_texts(asked.extra, "vocabulary.extra")
+    trimmed = trim(model, tokenizer, used, asked.min_count)
+    change = held_out(tokenizer, trimmed, texts["validation"] + texts["test"])
+    logger.info("Vocabulary: %d of %d tokens stay; %s.", len(trimmed.old), trimmed.whole, change)
+    return trimmed, change
+
+
+def _check_vocabulary(work: Path, trimmed: Trimmed) -> None:
+    """Checkpoints of other tokens would load, and mean something else."""
+    kept = work / CHECKPOINTS / _KEPT
+    if not kept.is_file() or tuple(json.loads(kept.read_text())) != trimmed.old:
+        raise InputError(
+            f"--resume: the texts that choose the vocabulary have changed since the run in {work} was started; bring them "
+            "back, or start afresh with --overwrite"
+        )
 
 
 def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
@@ -285,5 +321,6 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
     if any(own != other for own, other in zip(tokens["input_ids"], theirs["input_ids"], strict=True)):
         raise InputError(
             f"{key}: {name} reads the texts as other tokens than the model; name a teacher with the model's own tokenizer"
+            + (", or remove vocabulary, which gives the model's tokens new ids" if recipe.vocabulary else "")
         )
     return location

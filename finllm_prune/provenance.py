@@ -1,5 +1,6 @@
 """What a result is made of: data, recipe, versions, machine, commit; for the report."""
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -32,6 +33,7 @@ def provenance(ready: Prepared) -> dict[str, Any]:
             "test_labels": dict(Counter(examples.labels[i] for i in examples.splits["test"]["label"])),
         },
         "recipe": recipe.resolved,
+        "vocabulary": _vocabulary(ready),
         "processes": PartialState().num_processes,
         "versions": {"python": platform.python_version(), "finllm_prune": version("finllm-prune")}
         | {name: version(name) for name in packages},
@@ -43,6 +45,15 @@ def provenance(ready: Prepared) -> dict[str, Any]:
         },
         "commit": _commit(),
     }
+
+
+def _vocabulary(ready: Prepared) -> dict[str, Any] | None:
+    """What trimming kept, saved and changed, where there was any."""
+    if ready.vocabulary is None:
+        return None
+    trimmed, change = ready.vocabulary
+    figures = {"tokens": trimmed.whole, "kept": len(trimmed.old), "weight_bytes": trimmed.bytes}
+    return figures | {"held_out": dataclasses.asdict(change), "summary": str(change)}
 
 
 def _commit() -> str | None:

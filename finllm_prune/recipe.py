@@ -36,6 +36,7 @@ from finllm_prune.pruning import (
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Recording
+from finllm_prune.vocabulary import Trim
 
 T = typing.TypeVar("T")
 
@@ -100,6 +101,7 @@ class Recipe:
         pruning: schedule and rules.
         output: the folder that appears when the run is complete.
         dense: the baseline.
+        vocabulary: which tokens stay, in the dense model and all that comes of it; None keeps all.
         distillation: what the pruned model learns from the teacher; None trains on labels alone.
         recording: of the flight recorder; None (``recording: false``) records nothing.
         training: ``transformers.TrainingArguments`` by their own names.
@@ -113,6 +115,7 @@ class Recipe:
     pruning: Pruning
     output: Path
     dense: Dense = field(default_factory=Dense)
+    vocabulary: Trim | None = None
     distillation: Distillation | None = field(default_factory=Distillation)
     recording: Recording | None = field(default_factory=Recording)
     training: dict[str, Any] = field(default_factory=dict)
@@ -162,6 +165,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         pruning=_pruning(data["pruning"]),
         output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
+        vocabulary=_optional(Trim, data.get("vocabulary"), "vocabulary"),
         distillation=_optional(Distillation, data.get("distillation", {}), "distillation"),
         recording=_optional(Recording, data.get("recording", {}), "recording"),
         training=training,

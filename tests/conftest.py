@@ -54,8 +54,8 @@ def tiny_model(
     torch.manual_seed(seed)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     config = AutoConfig.for_model(
-        model_type, vocab_size=300, max_position_embeddings=70, bos_token_id=2, eos_token_id=3, num_labels=3, **names,
-        **({"pad_token_id": 0} | sizes | more),
+        model_type, max_position_embeddings=70, num_labels=3, **names,
+        **({"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | sizes | more),
     )  # fmt: skip
     return AutoModelForSequenceClassification.from_config(config)
 

@@ -152,6 +152,11 @@ def test_the_table_takes_the_rate_that_validation_prefers(room: Room) -> None:
     assert alone[4:6] == ["0.790 [0.690, 0.890]", ""], "one seed: the bootstrap; no dense: no gap"
 
 
+def test_a_knob_that_is_off_is_no_setting_and_one_at_zero_is(room: Room) -> None:
+    data = {"fill": False, "hidden": 0.0, "rules": [{"ceiling": None, "floor": 0}], "oneshot": None}
+    assert room("bench.cells").what_is_on(data) == {"hidden": 0.0, "rules": [{"floor": 0}]}
+
+
 def test_rows_of_other_settings_are_not_compared(room: Room) -> None:
     old = row("dense", 0.0, 1, 0.8, 0.1, settings={"protocol": {"epochs": 1}, "method": {}})
     lines = room("bench.table").table([old, row("dense", 0.0, 1, 0.8, 0.8)])

@@ -100,8 +100,8 @@ def test_version_and_help(call: Call, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"finllm-prune {finllm_prune.__version__}\n"
     assert call("--help") == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("run", "evaluate", "inspect", "verify"))
-    for command in ("run", "evaluate", "inspect", "verify"):
+    assert all(command in shown for command in ("run", "evaluate", "inspect", "verify", "trim"))
+    for command in ("run", "evaluate", "inspect", "verify", "trim"):
         assert call(command, "--help") == 0
         assert f"finllm-prune {command}" in " ".join(capsys.readouterr().out.split())
 

@@ -10,12 +10,12 @@ FLOORS = [
     {"errors"},
     {"settings", "staging", "inference"},
     {"pruning"},
-    {"families", "metrics"},
+    {"families", "metrics", "vocabulary"},
     {"training", "tasks", "checkpoints", "evaluation"},
     {"recipe", "hub"},
     {"prepare"},
     {"provenance"},
-    {"run", "saved"},
+    {"run", "saved", "trim"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -90,6 +90,9 @@ class Report:
             if name != "dense":
                 cells = [f"{b / 1e6:.1f} MB" for b in (self.bytes["dense"], size)]
                 out.append((f"weights on disk, {name}", cells[0], cells[1]))
+        if vocabulary := self.run.get("vocabulary"):
+            kept = f"{vocabulary['kept']:,} kept"
+            out.append((f"tokens: {vocabulary['summary']}", f"{vocabulary['tokens']:,}", kept))
         for entry in self.latency:
             shape = f"{entry['batch']} × {entry['tokens']} tokens"
             what = f"CPU latency, {entry['model']}, {shape} (median)"

@@ -13,7 +13,7 @@ from transformers import DataCollator, PreTrainedTokenizerBase
 from finllm_prune.errors import InputError
 
 BUILTIN = Path(__file__).parents[1] / "data"
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def find_task(name: str) -> type[Task]:
     try:
         task: type[Task] = importlib.import_module(f"finllm_prune.tasks.{name}").TASK
     except (ModuleNotFoundError, AttributeError):
-        known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem != "task")
+        known = sorted(
+            path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in ("task", "texts")
+        )
         raise InputError(f"task.name: unknown task '{name}'; known: {', '.join(known)}") from None
     return task
 
@@ -79,10 +81,10 @@ def find_task(name: str) -> type[Task]:
 def read_splits(dataset: str, builtin: str) -> tuple[datasets.DatasetDict, str]:
     """``builtin``, a local folder of parquet, jsonl or csv splits, or a Hub id -> splits and their source in words."""
     if dataset == "builtin":
-        return _read_folder(BUILTIN / builtin), f"the {builtin} sentences that finllm-prune embeds"
+        return read_folder(BUILTIN / builtin), f"the {builtin} sentences that finllm-prune embeds"
     folder = Path(dataset)
     if folder.is_dir():
-        return _read_folder(folder), f"the local folder {folder.name}"
+        return read_folder(folder), f"the local folder {folder.name}"
     if folder.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
         raise InputError(f"task.dataset: there is no folder '{dataset}'; name a folder, a Hub id, or builtin")
     try:
@@ -119,22 +121,25 @@ def index_labels(values: Sequence[Any], labels: list[str], where: str) -> list[i
     return out
 
 
-def _read_folder(folder: Path) -> datasets.DatasetDict:
+def read_folder(folder: Path) -> datasets.DatasetDict:
+    """The splits of a folder, each a parquet, jsonl or csv file."""
     splits = {}
     for name in ("train", "validation", "test"):
-        files = [path for suffix in _BUILDERS if (path := folder / f"{name}{suffix}").is_file()]
+        files = [path for suffix in FORMATS if (path := folder / f"{name}{suffix}").is_file()]
         if files:
-            try:
-                splits[name] = datasets.load_dataset(
-                    _BUILDERS[files[0].suffix], data_files={name: str(files[0])}, split=name
-                )
-            except (ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-                reason = " ".join((str(error.__cause__ or error) or "it is empty").split())
-                raise InputError(f"{files[0]} cannot be read as {files[0].suffix[1:]} ({reason}); mend it") from error
-            if files[0].suffix == ".csv" and "__index_level_0__" in splits[name].column_names:
-                raise InputError(
-                    f"{files[0]}: its rows have more fields than its header; put texts with a comma in quotes"
-                )
+            splits[name] = read_file(files[0], name)
     if not splits:
         raise InputError(f"task.dataset: {folder} holds no train, validation or test .parquet, .jsonl or .csv file")
     return datasets.DatasetDict(splits)
+
+
+def read_file(path: Path, split: str) -> datasets.Dataset:
+    """The rows of a parquet, jsonl or csv file."""
+    try:
+        rows = datasets.load_dataset(FORMATS[path.suffix], data_files={split: str(path)}, split=split)
+    except (ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        reason = " ".join((str(error.__cause__ or error) or "it is empty").split())
+        raise InputError(f"{path} cannot be read as {path.suffix[1:]} ({reason}); mend it") from error
+    if path.suffix == ".csv" and "__index_level_0__" in rows.column_names:
+        raise InputError(f"{path}: its rows have more fields than its header; put texts with a comma in quotes")
+    return rows

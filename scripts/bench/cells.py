@@ -1,7 +1,8 @@
 """The cells of the benchmark: what decides a result, and the file of rows that several processes write together.
 
 A finished cell is one line of ``rows.jsonl``. Its key is a hash of everything that decides its result, defaults included,
-so a changed default is a new cell. Who works on a cell holds a lock on a file of its name, which the system takes back
+so a changed default is a new cell; what is off (null or false) is left out, so that a new knob does not make old rows
+another's. Who works on a cell holds a lock on a file of its name, which the system takes back
 when the process ends, however it ends: no claim can go stale.
 """
 
@@ -27,7 +28,7 @@ class Cell:
         method: a name of ``METHODS``.
         sparsity: asked of it; 0 for dense fine-tuning.
         seed, learning_rate: of the training.
-        settings: all else that decides the result, as plain data: of the protocol, and of the method.
+        settings: all else that decides the result and is on, as plain data: of the protocol, and of the method.
     """
 
     method: str
@@ -48,6 +49,13 @@ class Cell:
 def digest(data: Any) -> str:
     """A short name for plain data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def what_is_on(data: Any) -> Any:
+    """Plain data without the knobs that are off."""
+    if isinstance(data, dict):
+        return {key: what_is_on(value) for key, value in data.items() if value is not None and value is not False}
+    return [what_is_on(item) for item in data] if isinstance(data, list) else data
 
 
 def read(out: Path) -> dict[str, Row]:

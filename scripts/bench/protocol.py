@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
-from bench.cells import Cell, claimed, digest
+from bench.cells import Cell, claimed, digest, what_is_on
 from bench.methods import METHODS, Method
 from finllm_prune.prepare import Prepared, prepare, training_arguments
 from finllm_prune.recipe import Recipe, parse
@@ -43,7 +43,7 @@ class Protocol:
             }
         if method.peer:
             own["peer"] = repr(method.peer(0.0))
-        return Cell(name, sparsity, seed, learning_rate, {"protocol": self.settings, "method": own})
+        return Cell(name, sparsity, seed, learning_rate, what_is_on({"protocol": self.settings, "method": own}))
 
     @cached_property
     def settings(self) -> dict[str, Any]:

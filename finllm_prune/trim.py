@@ -1,0 +1,63 @@
+"""A finished model with a smaller vocabulary: read, trimmed, proved again from its files, whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from finllm_prune.errors import InputError, one_line
+from finllm_prune.hub.base_model import locate
+from finllm_prune.prepare import load_config, load_tokenizer
+from finllm_prune.staging import staged
+from finllm_prune.tasks import read_texts
+from finllm_prune.vocabulary import Change, Trimmed, held_out, trim
+
+
+def trim_saved(
+    name: str, folder: Path, texts: str, unseen: str | None, min_count: int, column: str, overwrite: bool
+) -> tuple[Trimmed, Change | None]:
+    """Write a model with the tokens of some texts into a folder.
+
+    Args:
+        name: a saved model or Hub id.
+        texts: a file, or a folder of splits, of which the train split counts.
+        unseen: the same, with validation and test splits; None measures nothing.
+        column: of the text, in files that have columns.
+
+    Returns:
+        The trimmed vocabulary, and what it changes in the unseen texts.
+
+    Raises:
+        InputError: something cannot be read or trimmed, or the folder exists.
+        ProofError: what was written gives other outputs; then no folder is left behind.
+    """
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder} exists; use --overwrite to replace it, or name another folder")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} exists and holds no model, so it is left alone; name another folder")
+    used = read_texts(texts, "--texts", ("train",), column)
+    others = read_texts(unseen, "--held-out", ("validation", "test"), column) if unseen else None
+    location, _ = locate(name)
+    config = load_config(location)
+    tokenizer = load_tokenizer(location)
+    model = _load(location, config)
+    trimmed = trim(model, tokenizer, used, min_count)
+    with staged(folder) as partial:
+        model.save_pretrained(partial)
+        trimmed.tokenizer.save_pretrained(partial)
+        trimmed.prove(_load(str(partial), config), load_tokenizer(str(partial)))
+    return trimmed, None if others is None else held_out(tokenizer, trimmed, others)
+
+
+def _load(location: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model as the class that saved it: a trimmed language model stays one."""
+    names = config.architectures or ["AutoModel"]
+    try:
+        found: Any = getattr(transformers, names[0])
+        model: PreTrainedModel = found.from_pretrained(location, dtype="auto")
+    except (AttributeError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{location}: {names[0]} cannot be loaded: {one_line(error)}") from error
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{location}: models with an encoder and a decoder cannot be trimmed; name one without")
+    return model
