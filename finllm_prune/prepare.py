@@ -28,7 +28,7 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Target, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import Calibrated, Costs, Rule, refuse_overlap
+from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, read_texts
 from finllm_prune.training import refuse_no_chain
@@ -38,6 +38,7 @@ from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+_MUCH = 10**9  # bytes of a criterion's state that are told before training
 _KEPT = "vocabulary.json"
 _REMEDY = "use --overwrite to replace it, or set another output"
 _TOKENIZER_FILES = (
@@ -122,6 +123,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
         architecture.keep_layers(small, recipe.model.keep_layers)
     groups = architecture.groups(small, recipe.pruning.rules)
     refuse_overlap(groups)
+    _tell_size(groups)
     whole = architecture.whole_units(small, recipe.pruning.rules) if recipe.pruning.fill else []
     _check_fit(recipe, architecture, config, [*recipe.pruning.rules, *(group.rule for group in whole)])
     if isinstance(recipe.pruning.oneshot, Calibrated):
@@ -176,6 +178,16 @@ def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedCon
             f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0 "
             "and relations: 0"
         )
+
+
+def _tell_size(groups: list[Group]) -> None:
+    """Second order alone holds more than a few values per weight."""
+    parts = [group.rule.criterion.bytes(group) for group in groups if isinstance(group.rule.criterion, SecondOrder)]
+    if sum(parts) > _MUCH:
+        logger.warning(
+            "criterion second_order: its state takes %.1f GB, in memory and in each checkpoint of the pruning phase; a smaller "
+            "block takes less, and training.save_total_limit: 1 keeps one checkpoint.", sum(parts) / 1e9,
+        )  # fmt: skip
 
 
 def _trim(

@@ -103,7 +103,8 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, l
     trainer = _trainer(
         ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording
     )
-    _calibrate(ready, student, pruner, resumed=trainer.args.resume_from_checkpoint is not None)
+    if trainer.args.resume_from_checkpoint is None:  # a checkpoint holds the outcome
+        _calibrate(ready, student, pruner)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
@@ -125,7 +126,7 @@ def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Tea
     return teacher, rows
 
 
-def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner, resumed: bool) -> None:
+def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner) -> None:
     """What rules ask of data before training: the loss of each matrix's cut, or the final masks in one shot."""
 
     def sample(count: int) -> list[dict[str, Tensor]]:
@@ -135,7 +136,7 @@ def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner, resume
     asked = [rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)]
     if asked:
         measure_sensitivity(student, pruner.groups, sample(max(asked)))
-    if method is not None and not resumed:
+    if method is not None:
         batches = sample(method.rows) if isinstance(method, Calibrated) else []
         prune_once(student, find_architecture(student.config.model_type), pruner, method, batches)
 

@@ -1,4 +1,4 @@
-"""Whole or not at all: folders are written beside their place and renamed when they are complete."""
+"""Whole or not at all: folders and files are written beside their place and renamed when they are complete."""
 
 import errno
 import os
@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from finllm_prune.errors import InputError, one_line
 
@@ -50,6 +53,13 @@ def publish(partial: Path, folder: Path) -> None:
         os.rename(folder, old)
     os.rename(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that is there when it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial)
+    os.replace(partial, path)
 
 
 def recover(folder: Path) -> None:

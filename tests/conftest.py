@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 import finllm_prune
@@ -57,6 +58,24 @@ def tiny_model(
         **({"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | sizes | more),
     )  # fmt: skip
     return AutoModelForSequenceClassification.from_config(config)
+
+
+def loud(model: PreTrainedModel) -> PreTrainedModel:
+    """Larger weights than those of a fresh model, and biases that are no zeros, so that every unit moves the logits."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 or name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> Tensor:
+    """On three random texts, one of them with padding."""
+    ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    return model.eval()(input_ids=ids, attention_mask=mask).logits
 
 
 @pytest.fixture(scope="session")

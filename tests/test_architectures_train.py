@@ -95,3 +95,14 @@ def test_a_decoder_whose_blocks_are_cut_may_be_compact(tmp_path: Path, tiny_fold
     rules = [{"target": "encoder", "structure": "layer", "sparsity": 0.5}]
     ready = prepare(recipe(tmp_path, tiny_folder(family), pruning={"rules": rules}), resume=False, overwrite=False)
     assert "compact" in ready.recipe.export
+
+
+@pytest.mark.parametrize(("block", "told"), [(50, False), (60000, True)])
+def test_a_large_state_of_second_order_is_told_before_it_is_made(
+    tmp_path: Path, tiny_folder: TinyFolder, caplog: pytest.LogCaptureFixture, block: int, told: bool
+) -> None:
+    rule = {"target": "mlp", "sparsity": 0.5, "criterion": {"name": "second_order", "block": block}}
+    asked = recipe(tmp_path, tiny_folder(), pruning={"rules": [rule]}, export=["masked"])
+    prepare(asked, resume=False, overwrite=False)
+    # Four matrices of 32 x 64 weights, each in one block of 60000 x 60000 numbers.
+    assert ("its state takes 57.6 GB, in memory and in each checkpoint" in caplog.text) == told

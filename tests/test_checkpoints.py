@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,35 +22,20 @@ from finllm_prune.checkpoints.proof import MANIFEST, save_proved, sha256
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Budget, Constant, Global, Neuron, Pruner, Random, Rule, Uniform, Unstructured
-from tests.conftest import FAMILIES, LABELS, tiny_model
+from tests.conftest import FAMILIES, LABELS, logits, loud, tiny_model
 
 NEURONS = 64
 
 
 def pruned(model_type: str = "bert", budget: Budget | None = None, sparsity: float = 0.75) -> PreTrainedModel:
-    """A tiny model without most of its neurons and half of its attention weights.
-
-    Its weights are larger than those of a fresh model and its biases no zeros, so that every unit moves the logits.
-    """
-    model = tiny_model(model_type, layers=3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 or name.endswith("bias"):
-                parameter.normal_(std=0.3)
+    """A tiny model without most of its neurons and half of its attention weights."""
+    model = loud(tiny_model(model_type, layers=3))
     rules = [
         Rule("mlp", sparsity, Neuron(), Random(), budget or Uniform()),
         Rule("attention", 0.5, Unstructured(), Random()),
     ]
     Pruner(find_family(model_type).groups(model, rules), Constant()).finish()
-    return model.eval()
-
-
-@torch.inference_mode()
-def logits(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones_like(ids)
-    mask[0, 7:] = 0
-    return model.eval()(input_ids=ids, attention_mask=mask).logits
+    return model
 
 
 def living(model: PreTrainedModel) -> list[int]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import finllm_prune
 from finllm_prune.cli import main
+from finllm_prune.training.trainer import STATE_FILE
 from tests import small
 from tests.conftest import LABELS, tiny_model
 
@@ -383,6 +386,41 @@ def test_an_unfinished_run_is_kept_and_goes_on_only_with_its_own_recipe(
     assert call("run", home / "mine.yaml", *changes, "--resume") == 0
     assert contents(out)["dense/model.safetensors"] == before
     assert not work.exists()
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1])
+def test_a_killed_run_measures_its_sensitivities_only_where_no_checkpoint_holds_them(
+    call: Call, home: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    rule = {"target": "encoder", "sparsity": 0.5, "criterion": "magnitude", "budget": "sensitivity"}
+    changes = [
+        f"dense.checkpoint={finished / 'dense'}", f"pruning.rules=[{json.dumps(rule)}]", f"output={tmp_path / 'out'}",
+        "training.max_steps=2", "training.save_steps=1", "export=[masked]",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("finllm_prune.run._report", lambda *_: sys.exit(9))  # killed, when all checkpoints are there
+        assert call("run", home / "mine.yaml", *changes) == 9
+    checkpoints = tmp_path / "out.partial" / "checkpoints" / "prune"
+    undisturbed = densities(checkpoints / "checkpoint-2")
+    for folder in checkpoints.iterdir():
+        if int(folder.name.rpartition("-")[2]) > stopped_at:
+            shutil.rmtree(folder)
+    if stopped_at:
+        # Other densities than any measurement gives: where they come back, nothing was measured again.
+        state = load_file(checkpoints / "checkpoint-1" / STATE_FILE)
+        state |= {key: torch.full_like(value, 0.5) for key, value in state.items() if key.endswith("/density")}
+        save_file(state, checkpoints / "checkpoint-1" / STATE_FILE)
+    with monkeypatch.context() as patch:
+        patch.setattr("finllm_prune.run._report", lambda *_: sys.exit(9))
+        assert call("run", home / "mine.yaml", *changes, "--resume") == 9
+    assert len(set(undisturbed)) > 1
+    assert densities(checkpoints / "checkpoint-2") == ([0.5] * 6 if stopped_at else undisturbed)
+
+
+def densities(checkpoint: Path) -> list[float]:
+    return [
+        float(value) for key, value in sorted(load_file(checkpoint / STATE_FILE).items()) if key.endswith("/density")
+    ]
 
 
 def test_the_script_for_accelerate_is_the_run_command(

@@ -10,8 +10,7 @@ from finllm_prune.checkpoints import find_format, verify
 from finllm_prune.checkpoints.compact import compact
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Global, Head, Layer, Neuron, Pruner, Random, Rule
-from tests.conftest import DECODERS, tiny_model
-from tests.test_families import logits, loud
+from tests.conftest import DECODERS, logits, loud, tiny_model
 
 
 def cut(model: PreTrainedModel, *rules: Rule) -> PreTrainedModel:

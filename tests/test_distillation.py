@@ -246,6 +246,39 @@ def test_a_run_with_a_wider_teacher_resumes_bit_for_bit_and_its_checkpoints_stay
         again.train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize("where", ["projection", "model", "nowhere"])
+def test_13_a_step_that_a_loss_scaler_skips_reaches_no_score_wherever_the_overflow_is(
+    tmp_path: Path, where: str
+) -> None:
+    """The Trainer's events around a real scaler, which looks at all that the optimizer trains."""
+    teacher = Teacher(tiny_model(hidden=48, seed=2), Distillation(), [0, 1], 32)
+    run = trainer(tmp_path, RULES["unstructured"], teacher=teacher, max_steps=12)
+    assert run.pruner is not None
+    assert teacher.projection is not None
+    run.args.fp16 = True  # what the callbacks ask; transformers refuses it without a GPU
+    run.state.max_steps = 12
+    run.callback_handler.optimizer = optimizer = run.create_optimizer()
+    scaler, inputs = torch.amp.GradScaler("cpu"), batch()
+    parameters = [*run.model.parameters(), *teacher.projection.parameters()]
+    before, states = [parameter.detach().clone() for parameter in parameters], run.pruner.state_dict()
+
+    scaler.scale(run.compute_loss(run.model.train(), dict(inputs))).backward()
+    for name, module in {"projection": teacher.projection, "model": run.model.classifier}.items():
+        if name == where:
+            module.weight.grad[0, 0] = torch.inf
+    scaler.unscale_(optimizer)
+    run.callback_handler.on_pre_optimizer_step(run.args, run.state, run.control)
+    scaler.step(optimizer)
+    run.callback_handler.on_optimizer_step(run.args, run.state, run.control)
+
+    moved = [not torch.equal(one, other) for one, other in zip(parameters, before, strict=True)]
+    learned = [
+        not torch.equal(value, states[key]) for key, value in run.pruner.state_dict().items() if key.endswith("/scores")
+    ]
+    assert any(moved) == all(learned) == any(learned) == (where == "nowhere")
+    assert float(run.pruner.skipped) == (where != "nowhere")
+
+
 def test_no_projection_where_the_widths_are_equal_or_nothing_needs_it() -> None:
     assert Teacher(tiny_model(), Distillation(), [0, 1], 32).projection is None
     assert Teacher(tiny_model(hidden=48), Distillation(hidden=0.0), [0, 1], 32).projection is None

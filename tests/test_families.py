@@ -1,55 +1,56 @@
-"""Each structure on each family: cut, saved, and reloaded with plain transformers; what cannot be is refused by name."""
+"""Each criterion and structure on each family: cut, saved, reloaded with plain transformers, or refused by name."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
+from finllm_prune.evaluation import removed
 from finllm_prune.families import Architecture, find_architecture, find_family
-from finllm_prune.pruning import STRUCTURES, Constant, Head, Layer, Neuron, Pruner, Random, Rule
-from tests.conftest import DECODERS, FAMILIES, tiny_model
-from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
+from finllm_prune.pruning import CRITERIA, STRUCTURES, Constant, Head, Layer, Neuron, Pruner, Random, Rule
+from tests.conftest import DECODERS, FAMILIES, logits, loud, tiny_model
+from tests.pruning.runs import fits, make_batches, make_optimizer, make_pruner, make_rule, train
 
 
-def loud(model: PreTrainedModel) -> PreTrainedModel:
-    """Larger weights than those of a fresh model, and biases that are no zeros, so that every unit moves the logits."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 or name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    return model.eval()
+def combinations() -> list[Any]:
+    """Criterion x structure x family. Each two of them meet in the fast tests; what is left is in the slow ones."""
+    product = itertools.product(enumerate(CRITERIA), enumerate(STRUCTURES), enumerate(FAMILIES))
+    return [
+        pytest.param(criterion, structure, family, marks=[] if (i + k) % len(STRUCTURES) == j else [pytest.mark.slow])
+        for (i, criterion), (j, structure), (k, family) in product
+    ]
 
 
-@torch.inference_mode()
-def logits(model: PreTrainedModel) -> Tensor:
-    ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones_like(ids)
-    mask[0, 7:] = 0
-    return model.eval()(input_ids=ids, attention_mask=mask).logits
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_structure_is_carried_out_on_each_family(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, structure: str
-) -> None:
-    model = loud(tiny_model(family))
+def refusal(criterion: str, structure: str, family: str) -> str | None:
+    """The sentence for a combination that cannot be."""
     if (family, structure) == ("albert", "layer"):
-        with pytest.raises(
-            InputError, match="blocks of albert share one set of weights, so structure layer cannot cut"
-        ):
-            make_pruner(model, make_rule(structure))
+        return "the blocks of albert share one set of weights, so structure layer cannot cut one of them"
+    if not fits(criterion, structure):
+        return "criterion second_order: it weighs single weights; use structure unstructured or n:m with it"
+    return None
+
+
+@pytest.mark.parametrize(("criterion", "structure", "family"), combinations())
+def test_every_criterion_cuts_every_structure_of_every_family_or_is_refused_by_name(
+    tmp_path: Path, criterion: str, structure: str, family: str
+) -> None:
+    model, rule = loud(tiny_model(family)), make_rule(structure, criterion)
+    if (sentence := refusal(criterion, structure, family)) is not None:
+        with pytest.raises(InputError, match=sentence):
+            make_pruner(model, rule)
         return
-    pruner = make_pruner(model, make_rule(structure))
+    pruner = make_pruner(model, rule)
     train(model, pruner, make_optimizer(model), make_batches(3))
     pruner.finish()
     assert pruner.sparsity() == 0.5
-    find_format("masked")(model, tokenizer, tmp_path / "masked")
-    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked")
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(logits(reloaded), logits(model))
     cut = {
         slot.name: group.rule.structure.expand(~group.mask, slot.weight, slot.site)
@@ -60,7 +61,7 @@ def test_each_structure_is_carried_out_on_each_family(
         if name in cut:
             # No other weight was a zero, so that one elsewhere would be a wrong cut.
             assert torch.equal(parameter == 0, cut[name].reshape(parameter.shape)), name
-    matrices = {name.removesuffix(".weight") for name, mask in cut.items() if name.endswith("weight")}
+    matrices = {name.removesuffix(".weight") for name in cut if name.endswith("weight")}
     assert matrices <= find_family(family).linears(model).keys()
 
 
@@ -163,6 +164,27 @@ def test_a_model_with_fewer_blocks_is_a_plain_one(
 def test_shared_blocks_cannot_be_dropped() -> None:
     with pytest.raises(InputError, match="the blocks of albert share one set of weights, so none can be dropped"):
         find_family("albert").keep_layers(tiny_model("albert"), [0])
+
+
+def test_each_of_several_sets_of_shared_weights_is_cut(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = loud(tiny_model("albert", layers=4, num_hidden_groups=2))
+    pruner = make_pruner(model, make_rule("neuron"), make_rule("head"))
+    assert len(pruner.groups) == 4
+    train(model, pruner, make_optimizer(model), make_batches(3))
+    pruner.finish()
+    assert removed(tiny_model("albert", layers=4, num_hidden_groups=2), model)["encoder_linear"] == 0.5
+    find_format("masked")(model, tokenizer, tmp_path / "masked")
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked")
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_linear_layer_that_the_family_does_not_name_is_refused(structure: str) -> None:
+    """It would stay dense without a word."""
+    with pytest.raises(
+        InputError, match=r"layer_groups\.0\.albert_layers\.1\.\S+ is a linear layer.*inner_group_num: 1"
+    ):
+        make_pruner(tiny_model("albert", inner_group_num=2), make_rule(structure))
 
 
 def test_the_depth_is_that_of_the_hidden_states() -> None:

@@ -8,7 +8,7 @@ import finllm_prune
 ROOT = Path(finllm_prune.__file__).parent
 FLOORS = [
     {"errors"},
-    {"settings", "staging"},
+    {"settings", "staging", "inference"},
     {"pruning"},
     {"families", "metrics", "vocabulary"},
     {"training", "tasks", "checkpoints", "evaluation"},

@@ -120,3 +120,28 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, recipe: Path) 
     assert tables[0].equals(tables[1])
     assert tables[0].column("step").unique().to_pylist() == list(range(1, 25))
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_13_all_ranks_skip_a_step_where_the_projection_of_one_rank_overflows(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import torch\n"
+        "from accelerate import PartialState\n"
+        "from finllm_prune.training.projection import Projection\n"
+        "state = PartialState(cpu=True)\n"
+        "projection, scaler = Projection(2, 3), torch.amp.GradScaler('cpu')\n"
+        "optimizer = torch.optim.SGD(projection.parameters(), lr=1.0)\n"
+        "before = projection.weight.detach().clone()\n"
+        "for large in (1.0, torch.inf):\n"
+        "    states = torch.full((1, 2), large if state.process_index == 1 else 3.0)\n"
+        "    scaler.scale(projection(states).sum()).backward()\n"
+        "    scaler.unscale_(optimizer)\n"
+        "    scaler.step(optimizer)\n"
+        "    scaler.update()\n"
+        "    optimizer.zero_grad()\n"
+        "print(f'moved {(before - projection.weight.detach()).mean().round().item()};')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.count("moved 2.0;") == 2, done.stdout + done.stderr[-3000:]

@@ -1,6 +1,7 @@
 """The flight recorder: exact counts, a gapless table, the log, the plots, and warnings that come when they should."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.plots import draw_record
 from finllm_prune.families import find_family
 from finllm_prune.pruning import (
+    CRITERIA,
     Block,
     Criterion,
     Cubic,
@@ -222,6 +225,38 @@ def test_the_log_holds_each_moment_once_in_five_numbers(tmp_path: Path) -> None:
         assert ours["pruning/regrown"] == pytest.approx((part["regrown"] / part["units"]).mean())
 
 
+class Board(TensorBoardCallback):
+    """transformers' own integration, which drops what is no number, with a writer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tb_writer: Any = self  # its own __init__ only asks for the tensorboard package
+        self.logging_dir = ""
+        self.scalars: dict[int, dict[str, float]] = {}
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.setdefault(step, {})[name] = value
+
+    def add_text(self, *args: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_numbers_of_the_recorder_reach_a_logger_of_report_to(tmp_path: Path) -> None:
+    board = Board()
+    run, _ = recorded(tmp_path, RULES["unstructured"], Recording(every=0.25), callbacks=[board], logging_steps=1)
+    run.train()
+    names = ["density_min", "churn", "regrown", "movement", "score_median"]
+    for step in (3, 6, 9):
+        ours = {name: board.scalars[step][f"train/pruning/{name}"] for name in names}
+        ours["sparsity"] = board.scalars[step]["train/sparsity"]
+        assert all(type(value) is float and math.isfinite(value) for value in ours.values()), ours
+    for entry in run.state.log_history:
+        logged = {f"train/{name}" for name in entry if name != "step"}
+        assert logged <= board.scalars[entry["step"]].keys(), "none was dropped"
+
+
 def test_the_last_cut_of_a_run_that_ends_early_is_recorded(tmp_path: Path) -> None:
     run, recorder = recorded(tmp_path, RULES["neuron"], callbacks=[Stop()])
     run.train()
@@ -364,6 +399,37 @@ def test_scores_that_stand_still_are_told(tmp_path: Path) -> None:
     assert set(recorder.warnings) == {"stall"}
     assert "2 of 2 layers" in recorder.warnings["stall"]
     assert "in 3 records up to step 3" in recorder.warnings["stall"]
+
+
+def watched(criterion: Criterion, alive: float, steps: int = 400) -> dict[str, str]:
+    """The warnings of a run of one layer whose gradients are zero from a part of it on."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(20, 30, generator=generator))
+    group = Group("layer", Rule("encoder", 0.5, criterion=criterion), [Slot("layer.weight", weight, Site("layer"))])
+    pruner = Pruner([group], Cubic(begin=0.1))
+    recorder = Recorder(pruner, Recording())
+    args, control, state = TrainingArguments(), TrainerControl(), TrainerState(max_steps=steps)
+    recorder.on_train_begin(args, state, control)
+    for step in range(1, steps + 1):
+        weight.grad = torch.randn(20, 30, generator=generator) * float(step <= alive * steps)
+        pruner.before_step(step / steps)
+        pruner.after_step()
+        state.global_step = step
+        recorder.on_step_end(args, state, control)
+    return recorder.warnings
+
+
+LEARN = [name for name in CRITERIA if name not in ("magnitude", "random")]
+
+
+@pytest.mark.parametrize("criterion", LEARN)
+def test_gradients_that_die_in_mid_run_are_told_though_the_scores_may_drift_on(criterion: str) -> None:
+    assert "in 3 records up to step" in watched(CRITERIA[criterion](), alive=0.2)["stall"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_criterion_that_learns_to_the_end_or_never_does_not_stall(criterion: str) -> None:
+    assert "stall" not in watched(CRITERIA[criterion](), alive=1.0)
 
 
 # What is made of it

@@ -5,8 +5,7 @@ import torch
 
 from finllm_prune.families import alive, find_family, shrink, without_effect
 from finllm_prune.pruning import Constant, Global, Head, Neuron, Pruner, Random, Rule
-from tests.conftest import FAMILIES, tiny_model
-from tests.test_families import logits, loud
+from tests.conftest import FAMILIES, logits, loud, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,15 +6,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import DataCollator, PreTrainedModel
 
+from finllm_prune.inference import logits_of
 from finllm_prune.metrics import Metric, find_metric
 
 Labels = NDArray[np.int64]
@@ -45,20 +43,7 @@ class Quality:
 
 def predict(model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64) -> Labels:
     """The predicted class index of each row, in order. The model's device and mode are as before afterwards."""
-    was_training = model.training
-    model.eval()
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    out = np.zeros(len(rows), dtype=np.int64)
-    loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
-    done = 0
-    with torch.inference_mode():
-        for batch in tqdm(loader, desc="predict", leave=False, disable=None):
-            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-            classes = model(**inputs).logits.argmax(-1).cpu().numpy()
-            out[by_length[done : done + len(classes)]] = classes
-            done += len(classes)
-    model.train(was_training)
-    return out
+    return logits_of(model, rows, collator, batch_size).argmax(-1).numpy()
 
 
 def compare(

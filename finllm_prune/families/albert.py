@@ -1,4 +1,4 @@
-"""ALBERT: one set of weights (``num_hidden_groups`` sets) for all blocks. Not covered: ``inner_group_num`` above 1."""
+"""ALBERT: one set of weights (``num_hidden_groups`` sets) for all blocks. An ``inner_group_num`` above 1 is refused."""
 
 from finllm_prune.families.family import Family, Part
 

@@ -188,6 +188,7 @@ class Family(Architecture):
 
     def _resolve(self, model: PreTrainedModel, rule: Rule) -> list[Group]:  # type: ignore[override]
         couples, root = rule.structure.couples, self.root(model)
+        self._refuse_unnamed(model)
         self._refuse_misfit(rule)
         if rule.target not in TARGETS:
             return self._by_pattern(model, rule, "use attention, mlp or encoder, or")
@@ -213,6 +214,16 @@ class Family(Architecture):
                     "stays; use another structure there"
                 )
         return groups
+
+    def _refuse_unnamed(self, model: PreTrainedModel) -> None:
+        """A linear layer of the blocks that is not declared would stay dense, and be missing from every figure."""
+        root, named = self.root(model), self.linears(model).keys()
+        for path, module in self.layers(model).named_modules(prefix=root):
+            if isinstance(module, nn.Linear) and path not in named:
+                raise InputError(
+                    f"model: {path} is a linear layer that the family {self.model_type} does not name, so it would never be "
+                    "cut; use a model without it (an ALBERT with inner_group_num: 1), or name it in the family's file"
+                )
 
     def _refuse_misfit(self, rule: Rule) -> None:
         couples = rule.structure.couples

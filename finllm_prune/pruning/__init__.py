@@ -17,7 +17,7 @@ from finllm_prune.pruning.criteria import (
     Variance,
 )
 from finllm_prune.pruning.filling import refuse_unfillable
-from finllm_prune.pruning.groups import Group, Rule, Slot
+from finllm_prune.pruning.groups import Group, Rule, Slot, give_densities
 from finllm_prune.pruning.oneshot import ONESHOT, Calibrated, OneShot, SparseGPT, Wanda, pattern_of, refuse_unfit
 from finllm_prune.pruning.pruner import Pruner, refuse_overlap
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
@@ -31,5 +31,5 @@ __all__ = [
     "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner",
     "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
     "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
-    "equal_widths", "pattern_of", "refuse_overlap", "refuse_unfillable", "refuse_unfit", "spread",
+    "equal_widths", "give_densities", "pattern_of", "refuse_overlap", "refuse_unfillable", "refuse_unfit", "spread",
 ]  # fmt: skip

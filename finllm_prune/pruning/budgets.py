@@ -12,6 +12,7 @@ from finllm_prune.errors import InputError
 _BINS = 4096
 _FEW = 1 << 17
 _STRIDE = 64
+_ROUNDING = 1e-9  # 0.07 * 100 is a little above 7, and 1 - 0.9 a little below 0.1
 
 
 def kth_largest(scores: list[Tensor], k: int) -> Tensor:
@@ -129,8 +130,10 @@ class Global:
             )
 
     def share(self, scores: list[Tensor], density: float) -> list[Tensor]:
-        least = [max(1, math.ceil(self.floor * s.numel())) for s in scores]
-        most = [max(low, math.floor(self.ceiling * s.numel())) for low, s in zip(least, scores, strict=True)]
+        least = [max(1, math.ceil(self.floor * s.numel() - _ROUNDING)) for s in scores]
+        most = [
+            max(low, math.floor(self.ceiling * s.numel() + _ROUNDING)) for low, s in zip(least, scores, strict=True)
+        ]
         keep = max(sum(least), round(density * sum(s.numel() for s in scores)))
         masks = select(scores, keep)
         kept = [int(mask.sum()) for mask in masks]

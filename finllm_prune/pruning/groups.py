@@ -1,7 +1,7 @@
 """Weights that are cut by one unit grid, and the values that wait beside the model while they are cut."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Rule:
                 "pruning.rules: n:m leaves n of every m weights in every matrix, which a budget with knobs would undo; "
                 "set budget: uniform or global, without knobs"
             )
-        if isinstance(budget, Global) and budget.floor > 1.0 - sparsity:
+        if isinstance(budget, Global) and budget.floor > 1.0 - sparsity + 1e-9:
             raise InputError(
                 f"pruning.rules: a floor of {budget.floor} leaves no way to sparsity {sparsity}; "
                 f"set floor to at most {1.0 - sparsity:.6g}"
@@ -197,3 +197,12 @@ class Group:
             slot.parked = None
             if slot.pruned is not None:
                 slot.weight.masked_fill_(slot.pruned, 0)
+
+
+def give_densities(groups: Sequence[Group], densities: Sequence[float]) -> None:
+    """What a dry pass has found for the groups of one rule with ``budget: sensitivity``: the rule knows it from now on."""
+    rule = groups[0].rule
+    assert isinstance(rule.budget, Sensitivity)
+    measured = replace(rule, budget=replace(rule.budget, densities=tuple(densities)))
+    for group in groups:
+        group.rule = measured

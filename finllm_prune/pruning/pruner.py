@@ -17,15 +17,17 @@ equal on all ranks when ``before_step`` runs, and so are the masks.
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from finllm_prune.errors import InputError
+from finllm_prune.pruning.budgets import Sensitivity
 from finllm_prune.pruning.criteria import State, Step
 from finllm_prune.pruning.filling import survivors
-from finllm_prune.pruning.groups import Group, Rule
+from finllm_prune.pruning.groups import Group, Rule, give_densities
 from finllm_prune.pruning.schedules import Schedule
 from finllm_prune.pruning.targets import Costs
 
@@ -148,6 +150,11 @@ class Pruner:
             group.park()
         return scores
 
+    def learned(self) -> dict[str, Tensor]:
+        """Group name -> what the gradients have taught its criterion, for the groups where they do; empty once frozen."""
+        found = {} if self.frozen else {g.name: g.rule.criterion.learned(self._states[g.name]) for g in self.groups}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def mask_hash(self) -> str:
         """sha256 of all masks: equal on all ranks and on a resumed run, or something is wrong."""
         digest = hashlib.sha256()
@@ -184,6 +191,9 @@ class Pruner:
                 state[f"{group.name}/state/{key}"] = tensor
             for slot in group.slots:
                 state |= {f"{slot.name}/{key}": kept for key in _KEPT if (kept := getattr(slot, key)) is not None}
+        for groups, budget in self._measured():
+            for group, density in zip(groups, budget.densities, strict=False):  # none before the dry pass
+                state[f"{group.name}/density"] = torch.tensor(density, dtype=torch.float64)
         return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
 
     @torch.no_grad()
@@ -191,11 +201,20 @@ class Pruner:
         """The inverse of ``state_dict``, on the model whose weights were saved with it."""
         frozen = bool(state.get("frozen", False))
         expected = {f"{group.name}/mask": group.mask.shape for group in self.stages[frozen]}
+        expected |= {
+            f"{group.name}/density": torch.Size()
+            for group in self.stages[frozen]
+            if isinstance(group.rule.budget, Sensitivity)
+        }
         if not frozen:
             expected |= {
                 f"{name}/state/{key}": tensor.shape for name, own in self._states.items() for key, tensor in own.items()
             }
-        found = {key: tensor.shape for key, tensor in state.items() if key.endswith("/mask") or "/state/" in key}
+        found = {
+            key: tensor.shape
+            for key, tensor in state.items()
+            if key.endswith(("/mask", "/density")) or "/state/" in key
+        }
         if found != expected:
             other = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))[0]
             raise InputError(
@@ -208,6 +227,8 @@ class Pruner:
         self.frozen, self._states = frozen, {}
         if self.costs is not None:
             self.costs = self.costs.restored(state)
+        for groups, _ in self._measured():
+            give_densities(groups, [float(state[f"{group.name}/density"]) for group in groups])
         for group in self.groups:
             gate = state.get(f"{group.name}/gate")
             group.set_mask(state[f"{group.name}/mask"].to(device), None if gate is None else gate.to(device, copy=True))
@@ -262,6 +283,12 @@ class Pruner:
             rules.setdefault(id(group.rule), (group.rule, []))[1].append(group)
         return rules
 
+    def _measured(self) -> list[tuple[list[Group], Sensitivity]]:
+        """The groups of each rule whose densities come from a dry pass, and where they are kept."""
+        return [
+            (groups, rule.budget) for rule, groups in self._rules().values() if isinstance(rule.budget, Sensitivity)
+        ]
+
     def _regularize(self, part: float) -> None:
         """The proximal step of a rule's penalty on whole weights, over the given part of the run."""
         pull = (1.0 - self._step.skip) * part * self.schedule.fraction(self.progress)
@@ -276,7 +303,14 @@ class Pruner:
             states = [self._states[group.name] for group in groups]
             criterion = rule.criterion
             scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
-            if any(bool(score.max() == score.min()) and score.numel() > 1 for score in scores):
+            bounds = [torch.aminmax(score) for score in scores]
+            for group, (low, high) in zip(groups, bounds, strict=True):
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise InputError(
+                        f"pruning: the scores of {group.name} are infinite or NaN at {self.progress:.0%} of the run, for the "
+                        "training has diverged; lower training.learning_rate or set training.max_grad_norm"
+                    )
+            if any(bool(low == high) and score.numel() > 1 for score, (low, high) in zip(scores, bounds, strict=True)):
                 self._no_order(rule, final)
                 continue
             if rule.sparsity is None:

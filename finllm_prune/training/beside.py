@@ -1,15 +1,15 @@
 """Our tensors beside the Trainer's checkpoints: written whole or not at all, and missed where they are not."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from finllm_prune.errors import InputError
+from finllm_prune.staging import save_tensors
 
 
 def save_beside(
@@ -18,9 +18,7 @@ def save_beside(
     """Write a file into the checkpoint of this step, on the rank that saves; the others make no tensors."""
     if args.should_save:
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        partial = folder / f"{name}.partial"
-        save_file(tensors(), partial)
-        os.replace(partial, folder / name)
+        save_tensors(tensors(), folder / name)
 
 
 def load_beside(args: TrainingArguments, state: TrainerState, name: str) -> dict[str, Tensor]:

@@ -43,11 +43,12 @@ _COLUMNS: list[tuple[str, pa.DataType, str]] = [
     ("churn", pa.float64(), "(cut + regrown) / units"),
     ("movement", pa.float64(), "mean |w - w at the moment before| of the weights that are kept at both (sample)"),
     ("score_movement", pa.float64(), "mean |score - score at the moment before| (sample); null once frozen"),
+    ("learning", pa.float64(), "change of what gradients have taught, by its spread (sample); null where they teach nothing"),
     *((name, pa.float64(), f"{q:.0%} quantile of the scores (sample); null once frozen") for name, q in _QUANTILES.items()),
 ]  # fmt: skip
 SCHEMA = pa.schema([pa.field(name, kind, metadata={"description": text}) for name, kind, text in _COLUMNS])
 _NUMBERS = SCHEMA.names[1:]
-_MEASURED = ["movement", "score_movement", *_QUANTILES]
+_MEASURED = ["movement", "learning", "score_movement", *_QUANTILES]
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Recorder(TrainerCallback):
     def _look(self) -> dict[str, Tensor]:
         """Masks and samples as they are now, under the group's name; they are copies."""
         seen = {f"{name}/scores": _sample(scores) for name, scores in self.pruner.scores().items()}
+        seen |= {f"{name}/learned": _sample(learned) for name, learned in self.pruner.learned().items()}
         for group in self.pruner.groups:
             seen[f"{group.name}/mask"] = group.mask.clone()
             matrices = [slot.weight for slot in group.slots if slot.parameter.ndim == 2]
@@ -198,12 +200,24 @@ def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tu
     old = before.get(f"{name}/weights", torch.full_like(weights, math.nan)).to(device)
     kept = (weights != 0) & (old != 0)  # a cut weight is an exact zero
     movement = ((weights - old).abs() * kept).sum() / kept.sum()
+    moved = torch.stack([movement, _learning(name, before, now)])
     scores = now.get(f"{name}/scores")
     if scores is None:
-        return counts, torch.cat([movement.view(1), weights.new_full((1 + len(_QUANTILES),), math.nan)])
+        return counts, torch.cat([moved, weights.new_full((1 + len(_QUANTILES),), math.nan)])
     score_movement = (scores - before[f"{name}/scores"].to(device)).abs().mean()
     quantiles = scores.quantile(scores.new_tensor(list(_QUANTILES.values())))
-    return counts, torch.cat([torch.stack([movement, score_movement]), quantiles])
+    return counts, torch.cat([moved, score_movement.view(1), quantiles])
+
+
+def _learning(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> Tensor:
+    """The change of what a criterion has learned, by its spread; where all of it has only faded alike, nothing has changed."""
+    learned, was = now.get(f"{name}/learned"), before.get(f"{name}/learned")
+    if learned is None or was is None:
+        return now[f"{name}/weights"].new_tensor(math.nan)
+    learned, was = ((values / values.abs().mean()).nan_to_num(0.0) for values in (learned, was.to(learned.device)))
+    low, high = learned.quantile(learned.new_tensor([0.05, 0.95]))
+    change: Tensor = ((learned - was).abs().mean() / (high - low)).nan_to_num(0.0)
+    return change
 
 
 def _summary(moment: Moment) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """The dry pass before training: how much the loss changes when one matrix alone is cut."""
 
-import dataclasses
 import logging
 from collections.abc import Iterable
 
@@ -9,7 +8,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from finllm_prune.pruning import Group, Magnitude, Rule, Sensitivity, Uniform
+from finllm_prune.pruning import Group, Magnitude, Rule, Sensitivity, Uniform, give_densities
 from finllm_prune.pruning.sensitivity import allocate
 
 logger = logging.getLogger(__name__)
@@ -51,9 +50,8 @@ def _share(model: nn.Module, rule: Rule, groups: list[Group], batches: list[dict
     # Unlike machines may round differently, and masks must be equal on all ranks.
     losses = broadcast(torch.tensor(losses, dtype=torch.float64, device=groups[0].mask.device)).tolist()
     densities = allocate(losses, dense, [group.mask.numel() for group in groups], budget.levels, rule.sparsity)
-    measured = dataclasses.replace(rule, budget=dataclasses.replace(budget, densities=tuple(densities)))
+    give_densities(groups, densities)
     for group, density in zip(groups, densities, strict=True):
-        group.rule = measured
         logger.info("%s keeps %.3f of its units.", group.name, density)
 
 

@@ -3,16 +3,16 @@
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.utils.data import DataLoader
+from safetensors.torch import load_file
 from transformers import DataCollator, PreTrainedModel
+
+from finllm_prune.inference import logits_of
+from finllm_prune.staging import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -39,24 +39,10 @@ def with_teacher_logits(
     with PartialState().main_process_first():
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            save_file({TEACHER_LOGITS: _logits(model, rows, collator, batch_size)}, partial)
-            os.replace(partial, path)
+            save_tensors({TEACHER_LOGITS: logits_of(model, rows, collator, batch_size)}, path)
             logger.info("The teacher's logits of %d rows are kept in %s.", len(rows), path.name)
     column = load_file(path)[TEACHER_LOGITS].tolist()
     return rows.add_column(TEACHER_LOGITS, column, feature=datasets.List(datasets.Value("float32")))
-
-
-def _logits(model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, batch_size: int) -> Tensor:
-    model.eval()
-    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-    found = []
-    with torch.inference_mode():
-        for batch in DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator):
-            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-            found.append(model(**inputs).logits.float().cpu())
-    logits = torch.cat(found)
-    return torch.empty_like(logits).index_copy_(0, torch.tensor(by_length), logits)
 
 
 def _fingerprint(model: PreTrainedModel, rows: datasets.Dataset) -> str:

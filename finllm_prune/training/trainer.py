@@ -125,7 +125,7 @@ class PruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        skip = _not_finite(kwargs["model"]) if args.fp16 else None
+        skip = _not_finite(kwargs["optimizer"]) if args.fp16 else None
         self.pruner.before_step((state.global_step + 1) / state.max_steps, skip)
 
     def on_optimizer_step(
@@ -194,7 +194,8 @@ def refuse_unsupported(args: TrainingArguments) -> None:
         )
 
 
-def _not_finite(model: nn.Module) -> Tensor:
-    """1.0 where any gradient of the model is infinite or NaN: then the loss scaler skips the step."""
-    sums = [parameter.grad.sum(dtype=torch.float32) for parameter in model.parameters() if parameter.grad is not None]
+def _not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
+    """1.0 where a gradient of what the optimizer trains is infinite or NaN: then the loss scaler skips the step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sums = [parameter.grad.sum(dtype=torch.float32) for parameter in parameters if parameter.grad is not None]
     return (~torch.isfinite(torch.stack(sums))).any().float()

@@ -9,7 +9,7 @@ Moment = list[dict[str, float]]
 _LATE = 0.5  # a rule that has cut nothing when this part of its sparsity is due does not start
 _FLOOR = 0.1  # a layer below this part of the density that its rule asks for has collapsed
 _WINDOW, _CHURN = 0.05, 0.05  # settled masks get back less than 5 % of the kept units in the last 5 % of the run
-_STILL, _PATIENCE = 1e-6, 3  # scores that change by less than this part of their spread, in so many moments in a row
+_STILL, _PATIENCE = 1e-6, 3  # what is learned changes by less than this part of its spread, in so many moments in a row
 
 
 def watch(moments: Sequence[Moment], groups: Sequence[Group], schedule: Schedule) -> dict[str, str]:
@@ -83,21 +83,19 @@ def _stalls(moments: Sequence[Moment], groups: Sequence[Group], schedule: Schedu
     last = moments[-_PATIENCE:]
     if len(last) < _PATIENCE or last[-1][0]["frozen"]:
         return None
+    if last[-2][0]["progress"] <= schedule.begin:  # gates (l0) open then, and learn from the next step on
+        return None
     still = [
         group.name
         for number, group in enumerate(groups)
-        if group.rule.criterion.needs_gradient and all(_is_still(moment[number]) for moment in last)
+        if all(moment[number]["learning"] <= _STILL for moment in last)  # NaN where gradients teach nothing
     ]
     if not still:
         return None
     return (
-        f"The scores of {len(still)} of {len(groups)} layers ({still[0]}) have not changed in {_PATIENCE} records up to "
+        f"The scores of {len(still)} of {len(groups)} layers ({still[0]}) have learned nothing in {_PATIENCE} records up to "
         f"step {last[-1][0]['step']:.0f}; check that finite gradients reach them and that their learning rate is not zero."
     )
-
-
-def _is_still(row: dict[str, float]) -> bool:
-    return row["score_movement"] <= _STILL * (row["score_q95"] - row["score_q05"])
 
 
 def _rules(moment: Moment, groups: Sequence[Group]) -> list[tuple[Moment, list[Group]]]:

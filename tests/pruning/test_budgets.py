@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import BUDGETS, Budget, Global, Uniform
+from finllm_prune.pruning import BUDGETS, Budget, Global, Rule, Uniform
 from finllm_prune.pruning.budgets import kth_largest, select
 from tests.pruning.runs import SHARES
 
@@ -241,3 +241,17 @@ def test_a_floor_and_a_ceiling_that_exclude_each_other_are_refused(floor_and_cei
 def test_a_multiple_below_1_is_refused():
     with pytest.raises(InputError, match="multiple must be at least 1"):
         Uniform(multiple=0)
+
+
+@pytest.mark.parametrize(("floor", "sparsity"), [(0.1, 0.9), (0.3, 0.7), (0.05, 0.95)])
+def test_a_floor_of_all_that_stays_is_no_rounding_error_too_much(floor: float, sparsity: float):
+    rule = Rule("encoder", sparsity, budget=Global(floor=floor))
+    scores = [torch.arange(100.0), 1000.0 + torch.arange(100.0)]
+    masks = rule.budget.share(scores, 1.0 - sparsity)
+    assert [int(mask.sum()) for mask in masks] == [round(100 * floor)] * 2
+
+
+def test_a_floor_and_a_ceiling_that_are_whole_units_are_these():
+    scores = [torch.arange(100.0), 1000.0 + torch.arange(100.0)]
+    assert [int(mask.sum()) for mask in Global(floor=0.07).share(scores, 0.2)] == [7, 33]
+    assert [int(mask.sum()) for mask in Global(ceiling=0.29).share(scores, 0.2)] == [11, 29]

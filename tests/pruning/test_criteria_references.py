@@ -147,6 +147,13 @@ def test_second_order_scores_come_from_the_inverse_of_the_fisher_blocks():
     np.testing.assert_allclose(criterion.score(group, state).reshape(-1), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("block", [1, 5, 48])
+def test_second_order_knows_the_size_of_its_state(block: int):
+    criterion = SecondOrder(block=block)
+    group, state = observed(criterion, history())
+    assert criterion.bytes(group) == state["inverse"].nbytes
+
+
 def test_second_order_takes_a_last_block_that_is_not_full():
     criterion = SecondOrder(block=10, damp=0.1)
     group, state = observed(criterion, history())

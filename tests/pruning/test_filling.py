@@ -38,9 +38,8 @@ from finllm_prune.pruning.filling import refuse_unfillable, survivors
 from finllm_prune.recipe import parse
 from finllm_prune.run import run
 from tests import small
-from tests.conftest import tiny_model
+from tests.conftest import logits, loud, tiny_model
 from tests.pruning.runs import make_batches, make_optimizer, make_rule, train
-from tests.test_families import logits, loud
 
 BLOCKS = Rule("encoder", 0.5, Block(8, 8), Magnitude())
 SCHEDULE = Cubic(begin=0.1, end=0.7, freeze=0.9)

@@ -1,12 +1,15 @@
 """The dry pass: what it measures, how it shares, and that it leaves the model alone."""
 
+import copy
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finllm_prune.errors import InputError
@@ -97,6 +100,29 @@ def test_the_matrix_that_the_loss_sees_less_is_cut_more_and_the_run_reaches_its_
         pruner.after_step()
     pruner.finish()
     assert [float(group.mask.float().mean()) for group in groups] == pytest.approx([0.9, 0.1])
+
+
+def test_a_resumed_run_has_the_densities_without_measuring(tmp_path: Path):
+    batches, model = make_batches(10), tiny_model(layers=1)
+    pruner, optimizer = make_pruner(model, sensitive_rule()), make_optimizer(model)
+    measure_sensitivity(model, pruner.groups, make_batches(2))
+    train(model, pruner, optimizer, batches, range(5))
+    save_file(pruner.state_dict(), tmp_path / "pruner.safetensors")
+    other = make_pruner(copy.deepcopy(model), sensitive_rule())
+    other.load_state_dict(load_file(tmp_path / "pruner.safetensors"))
+    assert other.groups[0].rule == pruner.groups[0].rule
+    assert len({id(group.rule) for group in other.groups}) == 1
+    for one in (pruner, other):
+        one.finish()
+        assert one.sparsity() == pytest.approx(0.5, abs=1e-3)
+    assert other.mask_hash() == pruner.mask_hash()
+
+
+def test_a_state_without_the_densities_that_the_rules_need_is_refused():
+    model = tiny_model(layers=1)
+    state = make_pruner(model, Rule("encoder", 0.5, criterion=Magnitude())).state_dict()
+    with pytest.raises(InputError, match=r"belongs to other rules than this run's \(see bert\S+/density\)"):
+        make_pruner(model, sensitive_rule()).load_state_dict(state)
 
 
 def test_rules_with_other_budgets_are_left_alone():

@@ -376,6 +376,14 @@ def test_13_finite_fp16_gradients_are_no_bad_step_though_their_sum_is_beyond_fp1
     assert (pruner.state_dict()["layer/state/scores"] < before).all()
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "second_order"])
+def test_13_weights_that_have_diverged_are_told_in_a_sentence(criterion: str):
+    model = tiny_model(layers=1)
+    pruner, optimizer = make_pruner(model, make_rule(criterion=criterion)), torch.optim.SGD(model.parameters(), lr=1e30)
+    with pytest.raises(InputError, match=r"scores of bert\S+ are infinite or NaN at 10% of the run.*learning_rate"):
+        train(model, pruner, optimizer, make_batches(10))
+
+
 # 15. Reported sparsity names its denominator.
 
 

@@ -1,11 +1,11 @@
 """Who survives: a score per unit, high = keep. One idea, one class; a new one is listed at the foot."""
 
 from finllm_prune.pruning.criteria.criterion import Criterion, State, Step
+from finllm_prune.pruning.criteria.first_order import Gradient, Platon, Taylor, Variance
 from finllm_prune.pruning.criteria.l0 import L0
 from finllm_prune.pruning.criteria.magnitude import Magnitude, Random
 from finllm_prune.pruning.criteria.movement import Movement, ScoreMovement, SoftMovement
 from finllm_prune.pruning.criteria.second_order import SecondOrder
-from finllm_prune.pruning.criteria.sensitivity import Gradient, Platon, Taylor, Variance
 
 __all__ = [
     "CRITERIA",

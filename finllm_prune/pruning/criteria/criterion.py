@@ -35,9 +35,6 @@ class Step:
 class Criterion:
     """The base of all criteria: override what the idea needs."""
 
-    needs_gradient: ClassVar[bool] = False
-    """Whether scores change with the gradients that are observed."""
-
     trains_weights: ClassVar[bool] = True
     """Whether the optimizer may move the target's weights; False freezes them for the whole run."""
 
@@ -59,6 +56,13 @@ class Criterion:
         """Scores as the rise of the loss without a unit (fp32, not negative), which adds up over heads and neurons alike.
 
         In the order of the scores; None where they tell an order only.
+        """
+        return None
+
+    def learned(self, state: State) -> Tensor | None:
+        """What the gradients alone have taught (any shape), for the recorder, up to a factor; None where they teach nothing.
+
+        A score may drift on while no gradient arrives; this stands still then, or all of it fades alike.
         """
         return None
 

@@ -33,7 +33,6 @@ class LearnedScores(Criterion):
             collapse. A start by magnitude outlasts that, and a weight that keeps moving to zero still falls.
     """
 
-    needs_gradient: ClassVar[bool] = True
     travel: float = 1.0
     initial: float = 1.0
 
@@ -56,6 +55,9 @@ class LearnedScores(Criterion):
         self._descend(state, gate_gradient(group), step)
 
     def score(self, group: "Group", state: State) -> Tensor:
+        return state["scores"]
+
+    def learned(self, state: State) -> Tensor:
         return state["scores"]
 
     def _descend(self, state: State, gradient: Tensor, step: Step) -> None:

@@ -5,7 +5,7 @@ for single weights that is ``|g * w|``.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ class _RunningMean(Criterion):
         decay: of the running mean; 0 looks at the last step alone.
     """
 
-    needs_gradient: ClassVar[bool] = True
     decay: float = 0.95
 
     def __post_init__(self) -> None:
@@ -52,6 +51,9 @@ class _RunningMean(Criterion):
         blend(state["mean"], self.importance(group), self.decay, step)
 
     def score(self, group: "Group", state: State) -> Tensor:
+        return state["mean"]
+
+    def learned(self, state: State) -> Tensor:
         return state["mean"]
 
 
@@ -89,7 +91,6 @@ class Platon(Criterion):
         beta2: decay of its spread.
     """
 
-    needs_gradient: ClassVar[bool] = True
     beta1: float = 0.85
     beta2: float = 0.85
 
@@ -106,6 +107,9 @@ class Platon(Criterion):
 
     def score(self, group: "Group", state: State) -> Tensor:
         return state["mean"] * state["spread"]
+
+    def learned(self, state: State) -> Tensor:
+        return state["mean"]
 
     def worth(self, score: Tensor) -> Tensor | None:
         """The geometric mean of both, which is in units of the loss."""
@@ -124,7 +128,6 @@ class Variance(Criterion):
         decay: of all four running values.
     """
 
-    needs_gradient: ClassVar[bool] = True
     decay: float = 0.95
 
     def __post_init__(self) -> None:
@@ -141,6 +144,9 @@ class Variance(Criterion):
 
     def score(self, group: "Group", state: State) -> Tensor:
         return _ratio(state, "weight") * _ratio(state, "importance")
+
+    def learned(self, state: State) -> Tensor:
+        return state["importance_mean"]
 
     def _blend(self, state: State, name: str, value: Tensor, step: Step) -> None:
         mean, variance = state[f"{name}_mean"], state[f"{name}_variance"]
