@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from finllm_prune.checkpoints import SERVED
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
@@ -35,6 +36,7 @@ from finllm_prune.training.trainer import refuse_unsupported
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+GRAPH_BYTES = 2**31
 _REMEDY = "use --overwrite to replace it, or set another output"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -102,6 +104,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     groups = architecture.groups(small, recipe.pruning.rules)
     refuse_overlap(groups)
     whole = architecture.whole_units(small, recipe.pruning.rules) if recipe.pruning.fill else []
+    _check_graph(recipe, architecture, small)
     _check_fit(recipe, architecture, config, [*recipe.pruning.rules, *(group.rule for group in whole)])
     if isinstance(recipe.pruning.oneshot, Calibrated):
         if not isinstance(architecture, Family):
@@ -140,6 +143,20 @@ def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedCon
         raise InputError(
             f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0 "
             "and relations: 0"
+        )
+
+
+def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> None:
+    """What no ONNX graph can be made of, or none was tried on."""
+    asked = [name for name in recipe.export if name in SERVED]
+    if asked and not isinstance(architecture, Family):
+        raise InputError(
+            f"export: {asked[0]} is made of models with a family, and {model.config.model_type} has none; drop it from export"
+        )
+    if asked and model.num_parameters() * 4 > GRAPH_BYTES:
+        raise InputError(
+            f"export: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in fp32; "
+            f"drop {asked[0]} from export"
         )
 
 

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,13 +12,35 @@ from finllm_prune.errors import InputError
 
 Save = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], PreTrainedModel]
 
-__all__ = ["find_format", "verify", "zero_counts"]
+FORMATS = ("masked", "compact", "onnx", "onnx-int8")
+SERVED = ("onnx", "onnx-int8")  # what runs without PyTorch, and loads through ``serve``
+LOSSY = ("onnx-int8",)  # what is another model than the one in memory
+
+__all__ = ["FORMATS", "LOSSY", "SERVED", "find_format", "serve", "verify", "zero_counts"]
 
 
 def find_format(name: str) -> Save:
-    """The ``save`` of ``finllm_prune/checkpoints/<name>.py``."""
-    try:
-        save: Save = importlib.import_module(f"finllm_prune.checkpoints.{name}").save
-    except (ModuleNotFoundError, AttributeError):
-        raise InputError(f"export: unknown format '{name}'; known: masked, compact") from None
+    """The ``save`` of ``finllm_prune/checkpoints/<name>.py``.
+
+    Raises:
+        InputError: there is no such format, or a package that it needs is missing.
+    """
+    if name not in FORMATS:
+        raise InputError(f"export: unknown format '{name}'; known: {', '.join(FORMATS)}")
+    save: Save = _room(name).save
     return save
+
+
+def serve(folder: Path, threads: int = 0) -> Callable[..., Any]:
+    """A folder of a served format behind the call of a model: see ``finllm_prune.checkpoints.onnx.Served``."""
+    served: Callable[..., Any] = _room("onnx").Served(folder, threads)
+    return served
+
+
+def _room(name: str) -> Any:
+    try:
+        return importlib.import_module(f"finllm_prune.checkpoints.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"export: {name} needs the package {error.name}, which is not installed: pip install 'finllm-prune[onnx]'"
+        ) from None

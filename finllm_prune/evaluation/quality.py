@@ -1,6 +1,7 @@
 """Dense against pruned on the same rows: metrics with intervals, agreement, flips, and a paired test."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,22 +44,38 @@ class Quality:
     collapsed: bool
 
 
-def predict(model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64) -> Labels:
-    """The predicted class index of each row, in order. The model's device and mode are as before afterwards."""
-    was_training = model.training
-    model.eval()
+def predict(
+    model: Callable[..., Any], rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64
+) -> Labels:  # fmt: skip
+    """The predicted class index of each row, in order.
+
+    Args:
+        model: a model, or anything on the CPU that is called like one. A model's device and mode are as before afterwards.
+    """
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     out = np.zeros(len(rows), dtype=np.int64)
     loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
     done = 0
-    with torch.inference_mode():
+    with _evaluating(model) as device:
         for batch in tqdm(loader, desc="predict", leave=False, disable=None):
-            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             classes = model(**inputs).logits.argmax(-1).cpu().numpy()
             out[by_length[done : done + len(classes)]] = classes
             done += len(classes)
-    model.train(was_training)
     return out
+
+
+@contextmanager
+def _evaluating(model: Callable[..., Any]) -> Iterator[torch.device]:
+    """Without gradients and dropout; yields where the inputs go."""
+    with torch.inference_mode():
+        if not isinstance(model, PreTrainedModel):
+            yield torch.device("cpu")
+            return
+        was_training = model.training
+        model.eval()
+        yield model.device
+        model.train(was_training)
 
 
 def compare(
