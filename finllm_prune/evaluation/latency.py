@@ -1,6 +1,7 @@
 """CPU latency of models in any runtime, measured alternately in one run, so that a drifting machine slows all of them."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -62,14 +63,21 @@ def measure(
 
 
 def alternate(
-    engines: Mapping[str, Callable[..., Any]], inputs: dict[str, Tensor], rounds: int
+    engines: Mapping[str, Callable[..., Any]], inputs: dict[str, Tensor], rounds: int, seconds: float = math.inf
 ) -> dict[str, NDArray[np.float64]]:
     """Milliseconds of each call ``engine(**inputs)``, shape (rounds,): all of them in turn, after two warm-up rounds.
 
-    An engine is a model, a compiled one, or a runtime's session behind such a call.
+    Args:
+        engines: models, compiled ones, or a runtime's session behind such a call.
+        inputs: on the CPU.
+        rounds: how many are counted.
+        seconds: no round begins later than this, once three were counted.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(rounds + 2):
+    began = time.perf_counter()
+    for number in range(rounds + 2):
+        if number >= 5 and time.perf_counter() - began > seconds:
+            break
         for name, engine in engines.items():
             time.sleep(REST)
             times[name].append(_seconds(engine, inputs) * 1e3)
