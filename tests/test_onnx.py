@@ -23,6 +23,7 @@ from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Head, Neuron, Pruner, Random, Rule, Uniform
 from finllm_prune.recipe import parse
 from finllm_prune.run import run
+from finllm_prune.saved import evaluate_saved
 from tests import small
 from tests.conftest import FAMILIES, LABELS, tiny_model
 
@@ -220,6 +221,8 @@ def test_a_run_measures_its_graphs_and_its_card_shows_how_to_serve_them(
     assert report.bytes["onnx-int8"] < report.bytes["onnx"]
     assert 0 < report.exported["onnx-int8"].agreement <= 1
     assert any(row[0] == "same prediction (agreement), onnx-int8" for row in report.rows())
+    figures, _ = evaluate_saved(str(tmp_path / "mine" / "onnx-int8"), "sentiment", str(tmp_path / "data"), None)
+    assert figures["macro_f1"]["value"] == report.exported["onnx-int8"].metrics["macro_f1"]["pruned"]
     card = (tmp_path / "mine" / "README.md").read_text()
     snippet = re.findall(r"```python\n(import onnxruntime.*?)```", card, re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)

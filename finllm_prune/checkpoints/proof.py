@@ -1,7 +1,6 @@
 """Every saved checkpoint is proved: when it is written, against the model in memory; later, from its files alone."""
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -91,10 +90,11 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, expected in hashes.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ProofError(f"{folder / name} is missing or is not the file that was proved; export it anew")
+    from finllm_prune.checkpoints import SERVED, serve  # here, for that room imports this file
+
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if format_name.startswith("onnx"):
-        # By its name, for the format needs packages that the others do not.
-        got = logits_of(importlib.import_module("finllm_prune.checkpoints.onnx").Served(folder), inputs)
+    if format_name in SERVED:
+        got = logits_of(serve(folder), inputs)
     else:
         model = _load(folder)
         if zero_counts(model) != zeros:
