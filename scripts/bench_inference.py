@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from bench.peers import TorchPruning
-from finllm_prune.checkpoints import find_format, onnx, onnx_int8, serve
+from finllm_prune.checkpoints import GRAPH, find_format, onnx, onnx_int8, serve
 from finllm_prune.evaluation import alternate, removed, token_ids
 from finllm_prune.families import find_family
 from finllm_prune.hub.base_model import locate
@@ -85,7 +85,7 @@ def gather(
         graph, int8 = folder / name, folder / f"{name}-int8"
         find_format("onnx")(model, tokenizer, graph)
         shutil.copytree(graph, int8)
-        onnx_int8.quantize(int8 / onnx.GRAPH)
+        onnx_int8.quantize(int8 / GRAPH)
         fp32 = served(graph)
         yield f"{name}, ONNX fp32", fp32
         yield f"{name}, ONNX int8", served(int8)
@@ -131,7 +131,7 @@ def eager(model: PreTrainedModel) -> Contestant:
 
 def served(folder: Path) -> Contestant:
     """A folder in onnxruntime."""
-    return Contestant((folder / onnx.GRAPH).stat().st_size, lambda threads: serve(folder, threads))
+    return Contestant((folder / GRAPH).stat().st_size, lambda threads: serve(folder, threads))
 
 
 def size(model: PreTrainedModel) -> int:
@@ -146,7 +146,7 @@ class OpenVino:
         import openvino
 
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-        self.model = openvino.compile_model(folder / onnx.GRAPH, "CPU", settings)
+        self.model = openvino.compile_model(folder / GRAPH, "CPU", settings)
         self.inputs = [each.any_name for each in self.model.inputs]
 
     def __call__(self, **inputs: Tensor) -> Any:

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from finllm_prune.checkpoints import SERVED, find_format, serve, verify
-from finllm_prune.checkpoints.onnx import GRAPH
+from finllm_prune.checkpoints import GRAPH, SERVED, find_format, serve, verify
 from finllm_prune.checkpoints.proof import MANIFEST
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_family

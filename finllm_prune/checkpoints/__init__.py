@@ -1,14 +1,13 @@
 """Checkpoint formats: one file each, found by its name, with a ``save`` that proves what it wrote."""
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finllm_prune.checkpoints.proof import MANIFEST, verify, zero_counts
+from finllm_prune.checkpoints.proof import GRAPH, MANIFEST, verify, zero_counts
 from finllm_prune.errors import InputError
 
 Save = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], PreTrainedModel]
@@ -17,7 +16,7 @@ FORMATS = ("masked", "compact", "onnx", "onnx-int8")
 SERVED = ("onnx", "onnx-int8")  # what runs without PyTorch, and loads through ``serve``
 LOSSY = ("onnx-int8",)  # what is another model than the one in memory
 
-__all__ = ["FORMATS", "LOSSY", "SERVED", "find_format", "is_served", "serve", "verify", "zero_counts"]
+__all__ = ["FORMATS", "GRAPH", "LOSSY", "SERVED", "find_format", "is_served", "serve", "verify", "zero_counts"]
 
 
 def find_format(name: str) -> Save:
@@ -40,8 +39,7 @@ def serve(folder: Path, threads: int = 0) -> Callable[..., Any]:
 
 def is_served(folder: Path) -> bool:
     """Whether a folder was exported in a served format."""
-    manifest = folder / MANIFEST
-    return manifest.is_file() and json.loads(manifest.read_text()).get("format") in SERVED
+    return (folder / GRAPH).is_file() and (folder / MANIFEST).is_file()
 
 
 def _room(name: str) -> Any:

@@ -25,15 +25,14 @@ import onnxruntime
 import onnxscript  # noqa: F401  # torch.onnx exports with it: that it is missing is said before training
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from finllm_prune.checkpoints.compact import without_idle_blocks
-from finllm_prune.checkpoints.proof import compare_logits, logits_of, probe_of, write_manifest
+from finllm_prune.checkpoints.proof import GRAPH, compare_logits, logits_of, probe_of, write_manifest
 from finllm_prune.families import find_family, shrink, without_effect
 from finllm_prune.staging import staged
 
-GRAPH = "model.onnx"
 TOLERANCE = 1e-4
 
 
@@ -45,10 +44,7 @@ class Served:
         threads: of onnxruntime; 0 takes as many as PyTorch has.
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, folder: Path, threads: int = 0):
-        self.config = AutoConfig.from_pretrained(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         # Threads that spin after a call would slow down what is measured next.
@@ -92,12 +88,10 @@ def write_graph(
     model: PreTrainedModel, smaller: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """The files of ``smaller``, held against ``model`` at several shapes, with and without padding."""
+    probe = probe_of(model)
+    values = probe | {"token_type_ids": torch.zeros_like(probe["input_ids"])}
     known = inspect.signature(smaller.forward).parameters
-    shapes = list(_shapes(model))
-    example = {"input_ids": shapes[-1]["input_ids"]}
-    example |= {name: torch.ones_like(example["input_ids"]) for name in tokenizer.model_input_names if name in known}
-    if "token_type_ids" in example:
-        example["token_type_ids"] = torch.zeros_like(example["input_ids"])
+    example = {name: values[name] for name in tokenizer.model_input_names if name in known}
     axes = {0: "batch", 1: "tokens"}
     with _quiet():
         program = torch.onnx.export(
@@ -107,14 +101,13 @@ def write_graph(
     assert program is not None
     graph = program.model_proto
     for node in graph.graph.node:
-        del node.metadata_props[
-            :
-        ]  # lines of the exporting machine's Python files, with their paths: half of a small graph
+        # Lines of this machine's Python files, with their paths: more bytes than the weights of a tiny model.
+        del node.metadata_props[:]
     onnx.save(graph, folder / GRAPH)
     smaller.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     served = Served(folder)
-    for inputs in (probe_of(model), *shapes):
+    for inputs in (probe, *_shapes(model)):
         compare_logits(logits_of(served, inputs), logits_of(model, inputs), folder, TOLERANCE)
 
 

@@ -13,8 +13,8 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finllm_prune.checkpoints.onnx import GRAPH, Served, smallest, write_graph
-from finllm_prune.checkpoints.proof import agreement, logits_of, probe_of, write_manifest
+from finllm_prune.checkpoints.onnx import Served, smallest, write_graph
+from finllm_prune.checkpoints.proof import GRAPH, agreement, logits_of, probe_of, write_manifest
 from finllm_prune.errors import ProofError
 from finllm_prune.staging import staged
 

@@ -17,6 +17,7 @@ from finllm_prune.families import find_architecture
 from finllm_prune.staging import staged
 
 MANIFEST = "finllm_prune.json"
+GRAPH = "model.onnx"  # of the formats that onnxruntime serves
 TOLERANCE = 1e-5
 # Of 64 rows, so many may tip over on another processor.
 AGREEMENT_SLACK = 2 / 64

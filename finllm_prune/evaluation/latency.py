@@ -71,11 +71,12 @@ def alternate(
         engines: models, compiled ones, or a runtime's session behind such a call.
         inputs: on the CPU.
         rounds: how many are counted.
-        seconds: no round begins later than this, once three were counted.
+        seconds: after the warm-up; no round begins later than this, once three were counted.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
-    began = time.perf_counter()
     for number in range(rounds + 2):
+        if number == 2:
+            began = time.perf_counter()
         if number >= 5 and time.perf_counter() - began > seconds:
             break
         for name, engine in engines.items():
