@@ -22,7 +22,7 @@ def test_engines_are_called_in_turn_and_two_rounds_are_not_counted() -> None:
             assert input_ids is inputs["input_ids"]
             assert attention_mask.all()
             # The first calls are slow, as those of a compiler are.
-            time.sleep(0.05 if calls.count(name) < 2 else seconds)
+            time.sleep(0.1 if calls.count(name) < 2 else seconds)
             calls.append(name)
 
         return call
@@ -30,7 +30,8 @@ def test_engines_are_called_in_turn_and_two_rounds_are_not_counted() -> None:
     times = alternate({"slow": engine("slow", 0.004), "fast": engine("fast", 0.0)}, inputs, rounds=4)
     assert calls == ["slow", "fast"] * 6
     assert {name: series.shape for name, series in times.items()} == {"slow": (4,), "fast": (4,)}
-    assert np.median(times["slow"]) > 4 > np.median(times["fast"])
+    assert times["slow"].min() > 4 > times["fast"].min()
+    assert np.median(times["fast"]) < 50, "the first two of six calls are left out"
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (3600.0, 7)])
