@@ -34,5 +34,5 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,quickstart]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,onnx,quickstart]"
 	touch $@

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from finllm_prune.checkpoints import SERVED
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Target, price
 from finllm_prune.families import Architecture, Family, find_architecture
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 _MUCH = 10**9  # bytes of a criterion's state that are told before training
 _KEPT = "vocabulary.json"
+GRAPH_BYTES = 2**31
 _REMEDY = "use --overwrite to replace it, or set another output"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -125,6 +127,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     refuse_overlap(groups)
     _tell_size(groups)
     whole = architecture.whole_units(small, recipe.pruning.rules) if recipe.pruning.fill else []
+    _check_graph(recipe, architecture, small)
     _check_fit(recipe, architecture, config, [*recipe.pruning.rules, *(group.rule for group in whole)])
     if isinstance(recipe.pruning.oneshot, Calibrated):
         if not isinstance(architecture, Family):
@@ -211,6 +214,20 @@ def _check_vocabulary(work: Path, trimmed: Trimmed) -> None:
         raise InputError(
             f"--resume: the texts that choose the vocabulary have changed since the run in {work} was started; bring them "
             "back, or start afresh with --overwrite"
+        )
+
+
+def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> None:
+    """What no ONNX graph can be made of, or none was tried on."""
+    asked = [name for name in recipe.export if name in SERVED]
+    if asked and not isinstance(architecture, Family):
+        raise InputError(
+            f"export: {asked[0]} is made of models with a family, and {model.config.model_type} has none; drop it from export"
+        )
+    if asked and model.num_parameters() * 4 > GRAPH_BYTES:
+        raise InputError(
+            f"export: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in fp32; "
+            f"drop {asked[0]} from export"
         )
 
 

@@ -12,9 +12,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from finllm_prune.checkpoints import find_format
+from finllm_prune.checkpoints import LOSSY, SERVED, find_format, serve
 from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import (
+    Quality,
     Report,
     check_target,
     compare,
@@ -150,10 +151,15 @@ def _report(
     nn.Module.to(dense, device=student.device)
     test = ready.tokens["test"]
     collator = recipe.task.collator(ready.tokenizer)
-    quality = compare(
-        predict(dense, test, collator), predict(student, test, collator), np.array(test["labels"]),
-        examples.labels, recipe.task.metrics, seed=ready.arguments.seed,
-    )  # fmt: skip
+    of_dense = predict(dense, test, collator)
+
+    def judged(model: Callable[..., Any]) -> Quality:
+        return compare(
+            of_dense, predict(model, test, collator), np.array(test["labels"]), examples.labels, recipe.task.metrics,
+            seed=ready.arguments.seed,
+        )  # fmt: skip
+
+    quality = judged(student)
     # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
     nn.Module.to(student, device="cpu")
     exported = {name: find_format(name)(student, ready.tokenizer, work / name) for name in recipe.export}
@@ -163,7 +169,11 @@ def _report(
     if recipe.pruning.target is not None and ready.costs is not None:
         kept = {group.name: int(group.mask.sum()) for group in pruner.groups}
         target = check_target(recipe.pruning.target, ready.costs, dense, student, kept)
-    latency = [{"model": measured} | measure(dense, small, batch).to_dict() for batch in (1, 16)]
+    served = {name: serve(work / name) for name in recipe.export if name in SERVED}
+    fast: dict[str, Callable[..., Any]] = {measured: small, **served}
+    latency = [
+        {"model": name} | measure(dense, model, batch).to_dict() for name, model in fast.items() for batch in (1, 16)
+    ]
     report = Report(
         quality=quality,
         sparsity={"targeted": pruner.sparsity(), **removed(dense, student)},
@@ -176,6 +186,7 @@ def _report(
         | {"warnings": list(recorder.warnings.values()) if recorder else []},
         gates=recipe.gates,
         target=target,
+        exported={name: judged(model) for name, model in served.items() if name in LOSSY},
     )
     report.save(work / "report.json")
     draw(report.layers, report.history, work / "plots")

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from transformers import AutoModel
 
+from finllm_prune.checkpoints import is_served, serve
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import compare, layer_table, predict, quality_rows
 from finllm_prune.hub.base_model import locate
@@ -36,7 +38,9 @@ def evaluate_saved(
         labels = label_order(load_config(location), examples.labels, must_match=name)
         tokenizer = load_tokenizer(location)
         tokens = task.tokenize(examples.splits["test"], tokenizer)
-        classes = predict(load_model(task, location, labels), tokens, task.collator(tokenizer))
+        folder = Path(location)
+        classifier = serve(folder) if is_served(folder) else load_model(task, location, labels)
+        classes = predict(classifier, tokens, task.collator(tokenizer))
         predictions[name] = np.array([examples.labels.index(labels[i]) for i in classes])
     references = np.array(examples.splits["test"]["label"])
     quality = compare(predictions[baseline or model], predictions[model], references, examples.labels, task.metrics)

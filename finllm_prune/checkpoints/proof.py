@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from finllm_prune.staging import UNFINISHED, staged
 
 MANIFEST = "finllm_prune.json"
 FORMAT_VERSION = 1
+GRAPH = "model.onnx"  # of the formats that onnxruntime serves
 TOLERANCE = 1e-5
+# Of 64 rows, so many may tip over on another processor.
+AGREEMENT_SLACK = 2 / 64
 _FOR_PEOPLE = ("", ".md", ".yaml", ".png")
 
 
@@ -34,23 +38,39 @@ def save_proved(
     with staged(folder) as partial:
         smaller.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        probe = _probe(model)
-        expected = _logits(model, probe)
+        probe = probe_of(model)
+        expected = logits_of(model, probe)
         reloaded = _load(partial)
-        _compare(_logits(reloaded, probe), expected, folder)
+        compare_logits(logits_of(reloaded, probe), expected, folder, TOLERANCE)
         zeros = zero_counts(smaller)
         written = reloaded.state_dict()
         if any(not torch.equal(value.cpu(), written[name]) for name, value in smaller.state_dict().items()):
             raise ProofError(f"{folder}: the reloaded weights are not those of the saved model; nothing was kept")
-        manifest = {
-            "format": format_name,
-            "format_version": FORMAT_VERSION,
-            "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
-            "zeros": zeros,
-            "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir()) if path.is_file()},
-            "probe": {"input_ids": probe["input_ids"].tolist(), "logits": expected.tolist(), "tolerance": TOLERANCE},
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest))
+        write_manifest(partial, format_name, zeros, probe, expected, TOLERANCE)
+
+
+def write_manifest(
+    folder: Path, format_name: str, zeros: dict[str, int], probe: dict[str, Tensor], logits: Tensor,
+    tolerance: float, measured: dict[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Put down what ``verify`` holds the files of a folder against.
+
+    Args:
+        zeros: path -> number of exact zeros; none for a format that is no torch model.
+        probe, logits: the inputs, all attended to, and what the model in memory makes of them.
+        tolerance: how far the logits of the files may lie from these.
+        measured: of a format that is only near the model in memory: its "difference" and its "agreement".
+    """
+    manifest = {
+        "format": format_name,
+        "format_version": FORMAT_VERSION,
+        "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
+        "zeros": zeros,
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
+        "probe": {"input_ids": probe["input_ids"].tolist(), "logits": logits.tolist(), "tolerance": tolerance},
+        **(measured or {}),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -69,18 +89,24 @@ def verify(folder: Path) -> dict[str, Any]:
     if manifest["format"] == "delta":
         return manifest
     try:
-        zeros = dict(manifest["zeros"])
+        zeros, format_name = dict(manifest["zeros"]), str(manifest["format"])
+        tolerance, agreed = float(manifest["probe"]["tolerance"]), float(manifest.get("agreement", 0.0))
         ids, logits = (torch.tensor(manifest["probe"][key]) for key in ("input_ids", "logits"))
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
+    from finllm_prune.checkpoints import SERVED, serve  # here, for that room imports this file
+
     try:
-        model = _load(folder)
+        model = serve(folder) if format_name in SERVED else _load(folder)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ProofError(f"{folder}: its files cannot be loaded: {one_line(error)}; export it anew") from error
-    if zero_counts(model) != zeros:
+    if isinstance(model, PreTrainedModel) and zero_counts(model) != zeros:
         raise ProofError(f"{folder}: the weights have other zeros than the manifest says; export it anew")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _compare(_logits(model, inputs), logits, folder)
+    got = logits_of(model, inputs)
+    compare_logits(got, logits, folder, tolerance)
+    if agreement(got, logits) < agreed - AGREEMENT_SLACK:
+        raise ProofError(f"{folder}: it predicts other classes for the probe than when it was exported; export it anew")
     return manifest
 
 
@@ -147,15 +173,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Four rows of token ids, the same on every machine; no text of anybody's data is in them."""
+def probe_of(model: PreTrainedModel, rows: int = 4, tokens: int = 16) -> dict[str, Tensor]:
+    """Rows of token ids, the same on every machine; no text of anybody's data is in them."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, (4, 16), generator=generator)
+    ids = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+    """What a model, or what serves one in its place, makes of the inputs, as fp32 on the CPU, shape (rows, classes)."""
+    if not isinstance(model, PreTrainedModel):
+        served: Tensor = model(**inputs).logits
+        return served
     was_training = model.training
     model.eval()
     logits: Tensor = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.float().cpu()
@@ -163,15 +193,21 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+def agreement(got: Tensor, expected: Tensor) -> float:
+    """The part of the rows for which both logits name the same class."""
+    return float((got.argmax(-1) == expected.argmax(-1)).float().mean())
+
+
 def _load(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder)
     return model
 
 
-def _compare(got: Tensor, expected: Tensor, folder: Path) -> None:
+def compare_logits(got: Tensor, expected: Tensor, folder: Path, tolerance: float) -> None:
+    """Raise ProofError where the logits of a folder are not those that are expected."""
     difference = float((got - expected).abs().max()) if got.shape == expected.shape else float("inf")
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         raise ProofError(
-            f"{folder}: its logits differ by {difference:.2g} from the model that was evaluated (allowed: {TOLERANCE}); "
+            f"{folder}: its logits differ by {difference:.2g} from the model that was evaluated (allowed: {tolerance:.2g}); "
             "do not use it"
         )

@@ -1,6 +1,6 @@
 """Evaluation: quality, latency, sparsity, the frozen report and its figures."""
 
-from finllm_prune.evaluation.latency import Latency, cpu_threads, measure
+from finllm_prune.evaluation.latency import Latency, alternate, cpu_threads, measure, on_cpu, token_ids
 from finllm_prune.evaluation.latency_table import LatencyTable, measured_table
 from finllm_prune.evaluation.quality import Quality, compare, predict
 from finllm_prune.evaluation.report import GATES, Report, check_gates, quality_rows
@@ -9,6 +9,6 @@ from finllm_prune.evaluation.targets import Target, check_target, flops, paramet
 
 __all__ = [
     "GATES", "Latency", "LatencyTable", "Quality", "Report", "Target",
-    "check_gates", "check_target", "compare", "cpu_threads", "flops", "layer_table", "measure", "measured_table",
-    "parameter_bytes", "predict", "price", "quality_rows", "removed", "weight_bytes",
+    "alternate", "check_gates", "check_target", "compare", "cpu_threads", "flops", "layer_table", "measure", "measured_table",
+    "on_cpu", "parameter_bytes", "predict", "price", "quality_rows", "removed", "token_ids", "weight_bytes",
 ]  # fmt: skip

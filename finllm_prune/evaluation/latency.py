@@ -1,16 +1,21 @@
-"""CPU latency of two models, measured alternately in one run, so that a drifting machine slows both."""
+"""CPU latency of models in any runtime, measured alternately in one run, so that a drifting machine slows all of them."""
 
 import copy
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
+
+# Threads of the engine before may spin on for so many seconds.
+REST = 0.005
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,20 @@ class Latency:
         return asdict(self)
 
 
-def measure(dense: PreTrainedModel, small: PreTrainedModel, batch: int, tokens: int = 64, rounds: int = 20) -> Latency:
-    """Forward passes of random token ids, dense and small in turn, after two warm-up rounds.
+def measure(
+    dense: PreTrainedModel, small: Callable[..., Any], batch: int, tokens: int = 64, rounds: int = 20
+) -> Latency:  # fmt: skip
+    """Forward passes of random token ids, dense and small in turn.
 
     Args:
-        dense, small: models of the same vocabulary; copies of them run on the CPU in fp32.
+        dense: copies of PyTorch models run on the CPU in fp32.
+        small: a model of the same vocabulary, or anything that is called like one.
         batch, tokens: the shape of the input.
         rounds: how many pairs are counted.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, dense.config.vocab_size, (batch, tokens), generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    models = [copy.deepcopy(model).cpu().float().eval() for model in (dense, small)]
-    times: list[list[float]] = [[], []]
-    for _ in range(rounds + 2):
-        for model, series in zip(models, times, strict=True):
-            series.append(_seconds(model, inputs) * 1e3)
-    first, second = (np.array(series[2:]) for series in times)
+    inputs = token_ids(dense.config.vocab_size, batch, tokens)
+    times = alternate({"dense": on_cpu(dense), "small": on_cpu(small)}, inputs, rounds)
+    first, second = times["dense"], times["small"]
     return Latency(
         batch=batch,
         tokens=tokens,
@@ -72,8 +74,43 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def alternate(
+    engines: Mapping[str, Callable[..., Any]], inputs: dict[str, Tensor], rounds: int, seconds: float = math.inf
+) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of each call ``engine(**inputs)``, shape (rounds,): all of them in turn, after two warm-up rounds.
+
+    Args:
+        engines: models, compiled ones, or a runtime's session behind such a call.
+        inputs: on the CPU.
+        rounds: how many are counted.
+        seconds: after the warm-up; no round begins later than this, once three were counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(rounds + 2):
+        if number == 2:
+            began = time.perf_counter()
+        if number >= 5 and time.perf_counter() - began > seconds:
+            break
+        for name, engine in engines.items():
+            time.sleep(REST)
+            times[name].append(_seconds(engine, inputs) * 1e3)
+    return {name: np.array(series[2:]) for name, series in times.items()}
+
+
+def token_ids(vocabulary: int, batch: int, tokens: int) -> dict[str, Tensor]:
+    """Random ``input_ids`` (batch, tokens), all attended to."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocabulary, (batch, tokens), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def on_cpu(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a PyTorch model on the CPU in fp32; any other engine as it is."""
+    return copy.deepcopy(model).cpu().float().eval() if isinstance(model, PreTrainedModel) else model
+
+
 @torch.inference_mode()
-def _seconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+def _seconds(engine: Callable[..., Any], inputs: dict[str, Tensor]) -> float:
     begin = time.perf_counter()
-    model(**inputs)
+    engine(**inputs)
     return time.perf_counter() - begin

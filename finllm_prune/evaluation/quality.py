@@ -1,6 +1,6 @@
 """Dense against pruned on the same rows: metrics with intervals, agreement, flips, and a paired test."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
-from transformers import DataCollator, PreTrainedModel
+from transformers import DataCollator
 
 from finllm_prune.inference import logits_of
 from finllm_prune.metrics import Metric, find_metric
@@ -41,8 +41,10 @@ class Quality:
     collapsed: bool
 
 
-def predict(model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64) -> Labels:
-    """The predicted class index of each row, in order. The model's device and mode are as before afterwards."""
+def predict(
+    model: Callable[..., Any], rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64
+) -> Labels:  # fmt: skip
+    """The predicted class index of each row, in order; see ``logits_of``."""
     return logits_of(model, rows, collator, batch_size).argmax(-1).numpy()
 
 

@@ -28,6 +28,7 @@ class Report:
         run: seed, versions, machine, data, recipe, wall times, warnings.
         gates: the thresholds asked for.
         target: what the pruned model was to cost (``check_target``); None where the recipe names no target.
+        exported: format -> dense against it on the test split, for formats that are not exactly the pruned model.
     """
 
     quality: Quality
@@ -39,6 +40,7 @@ class Report:
     run: dict[str, Any]
     gates: dict[str, float] = field(default_factory=dict)
     target: dict[str, Any] | None = None
+    exported: dict[str, Quality] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
         """The measured value that a gate of this name looks at."""
@@ -61,7 +63,8 @@ class Report:
         return out
 
     def passed(self) -> bool:
-        return not self.quality.collapsed and all(verdict["passed"] for verdict in self.verdicts().values())
+        collapsed = any(quality.collapsed for quality in (self.quality, *self.exported.values()))
+        return not collapsed and all(verdict["passed"] for verdict in self.verdicts().values())
 
     def to_dict(self) -> dict[str, Any]:
         quality = asdict(self.quality)
@@ -69,6 +72,7 @@ class Report:
             **quality.pop("metrics"),
             **{f"{name}_retention": value for name, value in quality.pop("retention").items()},
             **quality,
+            "exported": {name: asdict(other) for name, other in self.exported.items()},
             "sparsity": self.sparsity,
             "bytes": self.bytes,
             "latency_ratio": self.latency[0]["ratio"],
@@ -87,6 +91,8 @@ class Report:
     def rows(self) -> list[tuple[str, str, str]]:
         """The table of a run: what, dense, pruned."""
         out = quality_rows(self.quality)
+        for name, other in self.exported.items():
+            out += [(f"{what.strip()}, {name}", dense, pruned) for what, dense, pruned in quality_rows(other)]
         for name, part in self.sparsity.items():
             out.append((f"sparsity of {_TITLES.get(name, name)}", "0.0 %", f"{100 * part:.1f} %"))
         for name, size in self.bytes.items():

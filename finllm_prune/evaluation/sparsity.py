@@ -43,5 +43,5 @@ def removed(dense: PreTrainedModel, model: PreTrainedModel) -> dict[str, float]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """The size of the weights on disk."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """The size of the weights on disk: safetensors, or a graph with its weights."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".onnx"))

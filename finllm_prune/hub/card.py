@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
+from finllm_prune.checkpoints import SERVED
 from finllm_prune.evaluation import Report
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -40,6 +41,8 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         distillation=run["recipe"]["distillation"],
         recorded=run["recipe"]["recording"] is not None,
         exported=exported,
+        served=[name for name in exported if name in SERVED],
+        plain=[name for name in exported if name not in SERVED],
     )
     card.save(folder / "README.md")
     for name in exported:
@@ -77,6 +80,8 @@ def _linked(name: str) -> str:
 def _verdict(report: Report) -> str:
     if report.quality.collapsed:
         return "**COLLAPSED: this model predicts one class for every text. Do not use it.**"
+    if collapsed := [name for name, quality in report.exported.items() if quality.collapsed]:
+        return f"**COLLAPSED: {', '.join(collapsed)} predicts one class for every text. Do not use it.**"
     missed = ""
     if report.target is not None and not report.target["met"]:
         missed = f" **MISSED the target: {report.target['kind']} {report.target['asked']:g} of the dense model's was asked.**"
