@@ -26,7 +26,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def compact(model: PreTrainedModel) -> PreTrainedModel:
     """A new model of the same class without the blocks, heads and FFN neurons whose output weights are all zero."""
     family = find_family(model.config.model_type)
-    model = _without_idle_blocks(model, family)
+    model = without_idle_blocks(model, family)
     config = copy.deepcopy(model.config)
     state = dict(model.state_dict())
     for part in ("attention", "mlp") if family.free_heads else ("mlp",):
@@ -45,7 +45,7 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     return smaller
 
 
-def _without_idle_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+def without_idle_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:
     """The model itself, or a copy without the blocks that are identities; a block unlike the others stays."""
     layers = family.layers(model)
     busy = [block for block in range(len(layers)) if not family.idle(model, block)]

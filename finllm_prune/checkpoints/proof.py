@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,21 @@ TOLERANCE = 1e-5
 
 
 def save_proved(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format_name: str, smaller: PreTrainedModel
-) -> None:
-    """Write ``smaller`` into ``folder``, reload it with plain transformers, and hold it against ``model``.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format_name: str, smaller: PreTrainedModel,
+    write: Callable[[PreTrainedModel, Path], None] = PreTrainedModel.save_pretrained, more: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write ``smaller`` into ``folder``, reload it with ``from_pretrained``, and hold it against ``model``.
+
+    Args:
+        write: puts config and weights into a folder.
+        more: what else the manifest records.
 
     Raises:
         ProofError: the logits differ from the model's in memory by more than 1e-5, or zeros are missing; then no folder
             is left behind.
     """
     with staged(folder) as partial:
-        smaller.save_pretrained(partial)
+        write(smaller, partial)
         tokenizer.save_pretrained(partial)
         probe = _probe(model)
         expected = _logits(model, probe)
@@ -46,6 +52,7 @@ def save_proved(
             "zeros": zeros,
             "sha256": {path.name: sha256(path) for path in sorted(partial.iterdir()) if path.is_file()},
             "probe": {"input_ids": probe["input_ids"].tolist(), "logits": expected.tolist(), "tolerance": TOLERANCE},
+            **(more or {}),
         }
         (partial / MANIFEST).write_text(json.dumps(manifest))
 
@@ -82,6 +89,13 @@ def zero_counts(model: PreTrainedModel) -> dict[str, int]:
     """Path -> number of exact zeros, for every prunable linear layer of the model."""
     linears = find_architecture(model.config.model_type).linears(model)
     return {path: int((linear.weight == 0).sum()) for path, linear in linears.items()}
+
+
+def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
+    """The largest difference between the logits of two models on the probe, and the largest of the first one's logits."""
+    probe = _probe(model)
+    expected = _logits(model, probe)
+    return float((_logits(other, probe) - expected).abs().max()), float(expected.abs().max())
 
 
 def sha256(path: Path) -> str:

@@ -75,15 +75,20 @@ def without_effect(model: PreTrainedModel) -> dict[str, Cut]:
 def shrink(model: PreTrainedModel, cuts: dict[str, Cut]) -> PreTrainedModel:
     """A copy with smaller linear layers. Its config is the old one: such a model needs a format that knows its widths."""
     smaller = copy.deepcopy(model)
+    narrow(smaller, cuts)
+    return smaller
+
+
+def narrow(model: PreTrainedModel, cuts: dict[str, Cut]) -> None:
+    """The same in place, as for a model that has no weights yet."""
     for name, cut in cuts.items():
         path, _, kind = name.rpartition(".")
-        linear = smaller.get_submodule(path)
+        linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         old = getattr(linear, kind)
         setattr(linear, kind, nn.Parameter(cut.take(old.detach()), requires_grad=old.requires_grad))
         linear.out_features, linear.in_features = linear.weight.shape
-    tell_heads(smaller)
-    return smaller
+    tell_heads(model)
 
 
 def tell_heads(model: PreTrainedModel) -> None:
