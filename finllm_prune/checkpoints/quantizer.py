@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finllm_prune.checkpoints.packing import Packed, check, unpack
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.families import Cut, Family, alive, find_architecture, find_family, keep, narrow, tell_heads
+from finllm_prune.families import Cut, Family, find_architecture, find_family, keep, narrow, tell_heads
 
 METHOD, VERSION = "finllm_prune", 1
 WEIGHTS, LURE = "finllm_prune.safetensors", "first_import_finllm_prune.safetensors"
@@ -86,14 +86,15 @@ class PrunedQuantizer(HfQuantizer):
         """Packed parts -> the matrix."""
         if not self.quantization_config.packed:
             return []
-        return [WeightConverter([f"weight_{part}" for part in PARTS], "weight", [Unpack(self)], force_cpu=True)]
+        return [WeightConverter([f"weight_{part}" for part in PARTS], "weight", [Unpack()], force_cpu=True)]
 
     def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
         """Leave a plain model; of this format only the widths stay in its config."""
         self.remove_quantization_config(model)
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
-        tell_widths(model)
+        if per_layer := self.quantization_config.per_layer_config:
+            model.config.quantization_config = PrunedConfig(VERSION, per_layer).to_dict()
         # Else save_pretrained would try to pack every weight.
         kept = [
             conversion for conversion in model.__dict__.get("_weight_conversions") or [] if not _unpacks(conversion)
@@ -111,8 +112,9 @@ class PrunedQuantizer(HfQuantizer):
 class Unpack(ConversionOps):
     """Bitmask, values and scale of one matrix -> the matrix. transformers leaves the dtypes of its inputs alone."""
 
-    def __init__(self, hf_quantizer: PrunedQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer  # the name by which transformers knows not to cast
+    hf_quantizer = (
+        True  # by which transformers knows not to cast; not the quantizer, for this is copied for each matrix
+    )
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -161,7 +163,8 @@ def build(model: PreTrainedModel, per_layer: dict[str, dict[str, int]]) -> None:
             if given != _named(model, family, given[family.heads], given[family.width]):
                 raise InputError(f"{_at(block)}: {given!r} has other query heads than key heads; {_REMEDY}")
             for part, name in (("attention", family.heads), ("mlp", family.width)):
-                cuts |= keep(model, family, part, block, torch.arange(given[name]))
+                if given[name] < full[name]:
+                    cuts |= keep(model, family, part, block, torch.arange(given[name]))
         narrow(model, cuts)
         tell_heads(model)
 
@@ -184,7 +187,8 @@ def _at(block: int | None = None) -> str:
 
 
 def _widths(model: PreTrainedModel, family: Family, block: int) -> dict[str, int]:
-    return _named(model, family, *(len(alive(model, family, part, block)) for part in ("attention", "mlp")))
+    attention, mlp = (family.sites(model, part, block)[-1] for part in ("attention", "mlp"))
+    return _named(model, family, attention.heads, model.get_parameter(f"{mlp.path}.weight").shape[1])
 
 
 def _named(model: PreTrainedModel, family: Family, heads: int, neurons: int) -> dict[str, int]:
