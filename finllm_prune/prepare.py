@@ -170,12 +170,13 @@ def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
 
 def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:
     """What a recipe asks for beyond the rules, and not every architecture can give."""
-    shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule) for rule in rules)
-    if "compact" in recipe.export and not shrinks:
-        raise InputError(
-            f"export: compact can leave out nothing of what these rules cut in a {config.model_type} model; drop compact "
-            "from export, or add a rule with structure: neuron"
-        )
+    for name, ragged in (("compact", False), ("ragged", True)):
+        shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule, ragged) for rule in rules)
+        if name in recipe.export and not shrinks:
+            raise InputError(
+                f"export: {name} can leave out nothing of what these rules cut in a {config.model_type} model; drop {name} "
+                "from export, or add a rule with structure: neuron"
+            )
     if recipe.distillation is not None and recipe.distillation.compares_layers and architecture.depth_of(config) == 0:
         raise InputError(
             f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0 "

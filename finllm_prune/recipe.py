@@ -182,13 +182,16 @@ def parse(data: dict[str, Any]) -> Recipe:
     check_gates(recipe.gates)
     couples = recipe.pruning.fill or any(rule.structure.couples for rule in recipe.pruning.rules)
     shrinks = recipe.model.keep_layers or couples
-    if "compact" in recipe.export and not shrinks:
+    for name in ("compact", "ragged"):
+        if name in recipe.export and not shrinks:
+            raise InputError(
+                f"export: no rule removes whole neurons, heads or layers, so {name} would be as large as masked; "
+                f"drop {name} from export, or add a rule with structure: neuron"
+            )
+    if "latency_ratio" in recipe.gates and not {"compact", "ragged"} & set(recipe.export):
         raise InputError(
-            "export: no rule removes whole neurons, heads or layers, so compact would be as large as masked; "
-            "drop compact from export, or add a rule with structure: neuron"
+            "gates.latency_ratio: only a compact or ragged model is faster; add one to export or drop the gate"
         )
-    if "latency_ratio" in recipe.gates and "compact" not in recipe.export:
-        raise InputError("gates.latency_ratio: only a compact model is faster; add compact to export or drop the gate")
     return dataclasses.replace(recipe, resolved=_plain(recipe))
 
 

@@ -163,7 +163,7 @@ def _report(
     # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
     nn.Module.to(student, device="cpu")
     exported = {name: find_format(name)(student, ready.tokenizer, work / name) for name in recipe.export}
-    measured = "compact" if "compact" in exported else "masked"
+    measured = next((name for name in ("ragged", "compact") if name in exported), "masked")
     small = exported.get(measured, student)
     target = None
     if recipe.pruning.target is not None and ready.costs is not None:

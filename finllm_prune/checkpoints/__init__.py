@@ -12,9 +12,9 @@ from finllm_prune.errors import InputError
 
 Save = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], PreTrainedModel]
 
-FORMATS = ("masked", "compact", "onnx", "onnx-int8")
+FORMATS = ("masked", "compact", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")
 SERVED = ("onnx", "onnx-int8")  # what runs without PyTorch, and loads through ``serve``
-LOSSY = ("onnx-int8",)  # what is another model than the one in memory
+LOSSY = ("packed-int8", "onnx-int8")  # what is another model than the one in memory
 
 __all__ = [
     "FORMATS", "GRAPH", "LOSSY", "SERVED",

@@ -27,16 +27,21 @@ _FOR_PEOPLE = ("", ".md", ".yaml", ".png")
 
 
 def save_proved(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format_name: str, smaller: PreTrainedModel
-) -> None:
-    """Write ``smaller`` into ``folder``, reload it with plain transformers, and hold it against ``model``.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format_name: str, smaller: PreTrainedModel,
+    write: Callable[[PreTrainedModel, Path], None] = PreTrainedModel.save_pretrained, more: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write ``smaller`` into ``folder``, reload it with ``from_pretrained``, and hold it against ``model``.
+
+    Args:
+        write: puts config and weights into a folder.
+        more: what else the manifest records.
 
     Raises:
         ProofError: the logits differ from the model's in memory by more than 1e-5, or zeros are missing; then no folder
             is left behind.
     """
     with staged(folder) as partial:
-        smaller.save_pretrained(partial)
+        write(smaller, partial)
         tokenizer.save_pretrained(partial)
         probe = probe_of(model)
         expected = logits_of(model, probe)
@@ -46,12 +51,12 @@ def save_proved(
         written = reloaded.state_dict()
         if any(not torch.equal(value.cpu(), written[name]) for name, value in smaller.state_dict().items()):
             raise ProofError(f"{folder}: the reloaded weights are not those of the saved model; nothing was kept")
-        write_manifest(partial, format_name, zeros, probe, expected, TOLERANCE)
+        write_manifest(partial, format_name, zeros, probe, expected, TOLERANCE, more)
 
 
 def write_manifest(
     folder: Path, format_name: str, zeros: dict[str, int], probe: dict[str, Tensor], logits: Tensor,
-    tolerance: float, measured: dict[str, float] | None = None,
+    tolerance: float, more: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Put down what ``verify`` holds the files of a folder against.
 
@@ -59,7 +64,7 @@ def write_manifest(
         zeros: path -> number of exact zeros; none for a format that is no torch model.
         probe, logits: the inputs, all attended to, and what the model in memory makes of them.
         tolerance: how far the logits of the files may lie from these.
-        measured: of a format that is only near the model in memory: its "difference" and its "agreement".
+        more: what else is to be known; "agreement" with the model in memory, where it is not 1, is verified again.
     """
     manifest = {
         "format": format_name,
@@ -68,7 +73,7 @@ def write_manifest(
         "zeros": zeros,
         "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
         "probe": {"input_ids": probe["input_ids"].tolist(), "logits": logits.tolist(), "tolerance": tolerance},
-        **(measured or {}),
+        **(more or {}),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
@@ -165,6 +170,13 @@ def zero_counts(model: PreTrainedModel) -> dict[str, int]:
     """Path -> number of exact zeros, for every prunable linear layer of the model."""
     linears = find_architecture(model.config.model_type).linears(model)
     return {path: int((linear.weight == 0).sum()) for path, linear in linears.items()}
+
+
+def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
+    """The largest difference between the logits of two models on the probe, and the largest of the first one's logits."""
+    probe = probe_of(model)
+    expected = logits_of(model, probe)
+    return float((logits_of(other, probe) - expected).abs().max()), float(expected.abs().max())
 
 
 def sha256(path: Path) -> str:

@@ -46,8 +46,8 @@ class Architecture:
         depth: int = 0 if getattr(config, "is_encoder_decoder", False) else getattr(config, "num_hidden_layers", 0)
         return depth
 
-    def can_shrink(self, rule: Rule) -> bool:
-        """Whether ``compact`` can leave out what the rule cuts."""
+    def can_shrink(self, rule: Rule, ragged: bool = False) -> bool:
+        """Whether ``compact``, or ``ragged``, can leave out what the rule cuts."""
         return False
 
     def _resolve(self, model: nn.Module, rule: Rule) -> list[Group]:

@@ -158,10 +158,10 @@ class Family(Architecture):
         depth: int = getattr(config, self.depth)
         return depth
 
-    def can_shrink(self, rule: Rule) -> bool:
+    def can_shrink(self, rule: Rule, ragged: bool = False) -> bool:
         return {
             "mlp": True,
-            "attention": self.free_heads,
+            "attention": self.free_heads or ragged,
             "encoder": self.pre_norm and rule.target == "encoder",
         }.get(rule.structure.couples or "", False)
 

@@ -76,15 +76,20 @@ def without_effect(model: PreTrainedModel) -> dict[str, Cut]:
 def shrink(model: PreTrainedModel, cuts: dict[str, Cut]) -> PreTrainedModel:
     """A copy with smaller linear layers. Its config is the old one: such a model needs a format that knows its widths."""
     smaller = copy.deepcopy(model)
+    cut_in_place(smaller, cuts)
+    return smaller
+
+
+def cut_in_place(model: PreTrainedModel, cuts: dict[str, Cut]) -> None:
+    """The same in place, as for a model that has no weights yet."""
     for name, cut in cuts.items():
         path, _, kind = name.rpartition(".")
-        linear = smaller.get_submodule(path)
+        linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         old = getattr(linear, kind)
         setattr(linear, kind, nn.Parameter(cut.take(old.detach()), requires_grad=old.requires_grad))
         linear.out_features, linear.in_features = linear.weight.shape
-    tell_heads(smaller)
-    return smaller
+    tell_heads(model)
 
 
 def narrow(model: PreTrainedModel, widths: Mapping[str, Sequence[int]]) -> PreTrainedModel:
