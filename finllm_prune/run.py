@@ -58,17 +58,17 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Rep
     """
     ready = prepare(recipe, resume=resume, overwrite=overwrite)
     clock = {"started": time.time()}
-    dense = _dense(ready)
+    baseline = dense(ready)
     clock["dense"] = time.time()
     student, pruner, recorder, history = prune(ready, clock)
     clock["trained"] = time.time()
     main = PartialState().is_main_process
-    report = _report(ready, dense, student, pruner, recorder, history, clock) if main else None
+    report = _report(ready, baseline, student, pruner, recorder, history, clock) if main else None
     PartialState().wait_for_everyone()
     return report
 
 
-def _dense(ready: Prepared) -> PreTrainedModel:
+def dense(ready: Prepared) -> PreTrainedModel:
     """The dense baseline, from an earlier part of this run, from a checkpoint, or trained now."""
     folder = ready.work / "dense"
     exists = folder.is_dir()

@@ -51,7 +51,7 @@ def weights(data: dict[str, Any], name: str, resume: bool = False, **changes: An
     """What a run trains, up to its report."""
     recipe = parse(data | {"output": str(Path(data["output"]).with_name(name))} | changes)
     ready = prepare(recipe, resume=resume, overwrite=False)
-    finllm_prune.run._dense(ready)
+    finllm_prune.run.dense(ready)
     return {key: value.clone() for key, value in prune(ready, {})[0].state_dict().items()}
 
 
@@ -82,7 +82,7 @@ def test_the_report_is_that_of_the_recovered_weights(data: dict[str, Any]) -> No
     masked = load_file(recipe.output / "masked" / "model.safetensors")
     assert verify(recipe.output / "masked")
     report = json.loads((recipe.output / "report.json").read_text())
-    assert report["sparsity"]["targeted"] == report["sparsity"]["encoder_linear"] == 0.5 * 2 / 3 + 0.75 / 3
+    assert report["sparsity"]["targeted"] == report["sparsity"]["encoder_linear"] == 0.625
     assert [entry["step"] for entry in report["history"]] == list(range(1, 16))
     assert report["wall_seconds"].keys() == {"dense", "pruning", "recovery", "evaluation_and_export", "total"}
     assert "5 further steps on the model without" in (recipe.output / "README.md").read_text()
@@ -104,6 +104,7 @@ class Kill(TrainerCallback):
             raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recovery", "phase", "step"),
     [
@@ -202,7 +203,7 @@ def test_expanding_undoes_shrinking(family: str) -> None:
     ("changes", "expected"),
     [
         ({"pruning": {"rules": [SINGLE]}}, "recovery: no rule removes whole neurons"),
-        ({"pruning": {"rules": [SINGLE], "oneshot": "wanda"}}, "recovery: masks that are chosen in one shot"),
+        ({"pruning": {"rules": [SINGLE], "oneshot": "magnitude"}}, "recovery: masks that are chosen in one shot"),
         ({"pruning": {"rules": [NEURONS | {"criterion": "score_movement"}]}}, "score_movement does not train"),
         ({"pruning": {"rules": [NEURONS], "schedule": {"name": "cubic", "freeze": 1.0}}}, "set pruning.schedule.freeze"),
         ({"recovery": {"learning_rate": 1e-3}}, "recovery.learning_rate: without num_train_epochs"),
