@@ -108,6 +108,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     work = recipe.output.with_name(f"{recipe.output.name}.partial")
     training_arguments(recipe, work, "dense", recipe.dense.training)
     arguments = training_arguments(recipe, work, "prune", {})
+    if recipe.recovery is not None:
+        training_arguments(recipe, work, "recover", recipe.recovery.training)
     refuse_unsupported(arguments)
     _check_output(recipe, work, resume, overwrite)
     examples = recipe.task.load()
@@ -287,7 +289,7 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
 
 
 def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str, Any]) -> TrainingArguments:
-    """The recipe's TrainingArguments for one phase, "dense" or "prune".
+    """The recipe's TrainingArguments for one phase: "dense", "prune" or "recover".
 
     Raises:
         InputError: transformers refuses them.

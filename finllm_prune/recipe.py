@@ -35,7 +35,7 @@ from finllm_prune.pruning import (
 )
 from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
-from finllm_prune.training import Distillation, Recording
+from finllm_prune.training import Distillation, Recording, Recovery, refuse_unrecoverable
 from finllm_prune.vocabulary import Trim
 
 T = typing.TypeVar("T")
@@ -106,6 +106,8 @@ class Recipe:
         dense: the baseline.
         vocabulary: which tokens stay, in the dense model and all that comes of it; None keeps all.
         distillation: what the pruned model learns from the teacher; None trains on labels alone.
+        recovery: trains on without the dead heads and neurons; None (the default) trains at full size to the end. Beside
+            ``keep_moments`` its keys are those of ``training``.
         recording: of the flight recorder; None (``recording: false``) records nothing.
         training: ``transformers.TrainingArguments`` by their own names.
         export: formats to write.
@@ -120,6 +122,7 @@ class Recipe:
     dense: Dense = field(default_factory=Dense)
     vocabulary: Trim | None = None
     distillation: Distillation | None = field(default_factory=Distillation)
+    recovery: Recovery | None = None
     recording: Recording | None = field(default_factory=Recording)
     training: dict[str, Any] = field(default_factory=dict)
     export: list[str] = field(default_factory=lambda: ["masked", "compact"])
@@ -170,6 +173,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
         vocabulary=_optional(Trim, data.get("vocabulary"), "vocabulary"),
         distillation=_optional(Distillation, data.get("distillation", {}), "distillation"),
+        recovery=_recovery(data.get("recovery")),
         recording=_optional(Recording, data.get("recording", {}), "recording"),
         training=training,
         export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
@@ -180,6 +184,8 @@ def parse(data: dict[str, Any]) -> Recipe:
     for name in recipe.export:
         find_format(name)
     check_gates(recipe.gates)
+    if recipe.recovery is not None:
+        _check_recovery(recipe, recipe.recovery)
     couples = recipe.pruning.fill or any(rule.structure.couples for rule in recipe.pruning.rules)
     shrinks = recipe.model.keep_layers or couples
     for name in ("compact", "ragged"):
@@ -275,6 +281,24 @@ def _named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
     return build(table[name], {key: v for key, v in settings.items() if key != "name"}, where)
 
 
+def _recovery(data: Any) -> Recovery | None:
+    if data in (None, False):
+        return None
+    settings = mapping({} if data is True else data, "recovery")
+    keep = typed(bool, settings.pop("keep_moments", True), "recovery.keep_moments")
+    return Recovery(_training(settings, "recovery"), keep)
+
+
+def _check_recovery(recipe: Recipe, recovery: Recovery) -> None:
+    pruning, training = recipe.pruning, recipe.training
+    refuse_unrecoverable(pruning.rules, recovery, pruning.fill, pruning.oneshot is not None, pruning.schedule.freeze)
+    if training.get("save_only_model") or training.get("save_strategy") == "best":
+        raise InputError(
+            "recovery: it starts from a whole checkpoint at the freeze, so save_only_model and save_strategy: best do not go "
+            "with it; remove them from training"
+        )
+
+
 def _optional(cls: type[T], data: Any, where: str) -> T | None:
     return None if data in (None, False) else build(cls, data, where)
 
@@ -312,5 +336,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     data: dict[str, Any] = plain(recipe)
+    if recipe.recovery is not None:
+        data["recovery"] = {"keep_moments": recipe.recovery.keep_moments, **data["recovery"]["training"]}
     data["task"] = {"name": type(recipe.task).__module__.rpartition(".")[2], **data["task"]}
     return data

@@ -26,7 +26,7 @@ from finllm_prune.evaluation import (
     weight_bytes,
 )
 from finllm_prune.evaluation.plots import draw, draw_record
-from finllm_prune.families import find_architecture
+from finllm_prune.families import expand, find_architecture, shrink, without_effect
 from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
@@ -38,7 +38,10 @@ from finllm_prune.training import (
     RECORD_FILE,
     PruningTrainer,
     Recorder,
+    Seam,
+    SmallerCallback,
     Teacher,
+    hand_over,
     measure_sensitivity,
     prune_once,
     sample_batches,
@@ -65,17 +68,17 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Rep
     """
     ready = prepare(recipe, resume=resume, overwrite=overwrite)
     clock = {"started": time.time()}
-    dense = _dense(ready)
+    baseline = dense(ready)
     clock["dense"] = time.time()
-    student, pruner, recorder, history = _prune(ready)
-    clock["pruned"] = time.time()
+    student, pruner, recorder, history = prune(ready, clock)
+    clock["trained"] = time.time()
     main = PartialState().is_main_process
-    report = _report(ready, dense, student, pruner, recorder, history, clock) if main else None
+    report = _report(ready, baseline, student, pruner, recorder, history, clock) if main else None
     PartialState().wait_for_everyone()
     return report
 
 
-def _dense(ready: Prepared) -> PreTrainedModel:
+def dense(ready: Prepared) -> PreTrainedModel:
     """The dense baseline, from an earlier part of this run, from a checkpoint, or trained now."""
     folder = ready.work / "dense"
     exists = folder.is_dir()
@@ -84,13 +87,18 @@ def _dense(ready: Prepared) -> PreTrainedModel:
         model = ready.model
         if ready.recipe.dense.checkpoint is None:
             trainer = _trainer(ready, model, "dense", ready.recipe.dense.training)
-            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            trainer.go_on()
         _once(lambda: _save_plain(model, ready.tokenizer, folder))
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
 
 
-def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, list[dict[str, Any]]]:
-    """The pruned model, from the dense one; with the masks final, what was recorded, and the training's log."""
+def prune(
+    ready: Prepared, clock: dict[str, float]
+) -> tuple[PreTrainedModel, Pruner, Recorder | None, list[dict[str, Any]]]:
+    """The pruned and recovered model, from the dense one; with the masks final, what was recorded, and the training's log.
+
+    ``clock`` is told when it was ``pruned``.
+    """
     recipe = ready.recipe
     student = load_model(recipe.task, str(ready.work / "dense"), ready.examples.labels)
     architecture = find_architecture(student.config.model_type)
@@ -101,15 +109,55 @@ def _prune(ready: Prepared) -> tuple[PreTrainedModel, Pruner, Recorder | None, l
     rules = recipe.pruning.rules
     fill = architecture.whole_units(student, rules) if recipe.pruning.fill else []
     pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill, ready.costs)
+    seam = [Seam(pruner, recipe.recovery)] if recipe.recovery else []
     trainer = _trainer(
-        ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording
-    )
+        ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording,
+        callbacks=seam,
+    )  # fmt: skip
     if trainer.args.resume_from_checkpoint is None:  # a checkpoint holds the outcome
         _calibrate(ready, student, pruner)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.go_on()
+    log = trainer.state.log_history
+    clock["pruned"] = time.time()
+    if recipe.recovery is not None:
+        log = _recover(ready, student, pruner, teacher, rows, log)
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
-    return student, pruner, trainer.recorder, [entry for entry in trainer.state.log_history if "sparsity" in entry]
+    return student, pruner, trainer.recorder, [entry for entry in log if "sparsity" in entry]
+
+
+def _recover(
+    ready: Prepared, student: PreTrainedModel, pruner: Pruner, teacher: Teacher | None, rows: datasets.Dataset,
+    log: list[dict[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train on without the dead heads and neurons, and bring the result back into the full-size model; returns the log."""
+    recovery = ready.recipe.recovery
+    assert recovery is not None
+    PartialState().wait_for_everyone()  # the other ranks' part of the checkpoint is there
+    checkpoints = ready.work / CHECKPOINTS
+    last = complete_checkpoint(str(checkpoints / "prune"), pruned=True)
+    assert last is not None, "the seam leaves one"
+    seam, folder = Path(last), checkpoints / "recover"
+    cuts = without_effect(student)
+    small = shrink(student, cuts)
+
+    def begin() -> None:
+        if complete_checkpoint(str(folder), pruned=False) is None:
+            hand_over(seam, small, folder)
+
+    if not recovery.of_its_own:
+        _once(begin)
+    trainer = _trainer(
+        ready, small, "recover", recovery.training, teacher=teacher, train_dataset=rows,
+        callbacks=[SmallerCallback(cuts, pruner, seam)],
+    )  # fmt: skip
+    trainer.go_on()
+    expand(small, student, cuts)
+    done, cut = (max((e["step"] for e in log), default=0), {"sparsity": pruner.sparsity()})
+    if not recovery.of_its_own:  # the log of the pruning phase came along with its checkpoint
+        return [cut | entry if "loss" in entry else entry for entry in trainer.state.log_history]
+    own = [entry | cut | {"step": done + entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
+    return log + own
 
 
 def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Teacher | None, datasets.Dataset]:
@@ -203,7 +251,9 @@ def _trainer(
     ready: Prepared, model: PreTrainedModel, phase: str, changes: dict[str, Any], **parts: Any
 ) -> PruningTrainer:
     arguments = training_arguments(ready.recipe, ready.work, phase, changes)
-    arguments.resume_from_checkpoint = complete_checkpoint(arguments.output_dir, pruned="pruner" in parts)
+    arguments.resume_from_checkpoint = complete_checkpoint(
+        arguments.output_dir, pruned="pruner" in parts, projected=_projected(parts)
+    )
     metrics = ready.recipe.task.metrics
     parts = {"train_dataset": ready.tokens["train"]} | parts
     return PruningTrainer(
@@ -211,6 +261,11 @@ def _trainer(
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
         compute_metrics=lambda result: _scores(result, metrics), **parts,
     )  # fmt: skip
+
+
+def _projected(parts: dict[str, Any]) -> bool:
+    teacher = parts.get("teacher")
+    return teacher is not None and teacher.projection is not None
 
 
 def _scores(result: EvalPrediction, metrics: Sequence[str]) -> dict[str, float]:
@@ -238,7 +293,8 @@ def _wall(clock: dict[str, float]) -> dict[str, float]:
     spans = {
         "dense": clock["dense"] - clock["started"],
         "pruning": clock["pruned"] - clock["dense"],
-        "evaluation_and_export": now - clock["pruned"],
+        "recovery": clock["trained"] - clock["pruned"],
+        "evaluation_and_export": now - clock["trained"],
         "total": now - clock["started"],
     }
     return {name: round(seconds, 1) for name, seconds in spans.items()}

@@ -29,9 +29,9 @@ from transformers import (
     set_seed,
 )
 
-from finllm_prune.families import find_family
+from finllm_prune.families import find_family, shrink, without_effect
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import Cubic, Global, Head, Neuron, Pruner, Rule
+from finllm_prune.pruning import Cubic, Global, Head, Magnitude, Neuron, Pruner, Rule
 from finllm_prune.training import PruningTrainer, Recording
 
 VARIANTS: dict[str, list[Rule]] = {
@@ -41,6 +41,10 @@ VARIANTS: dict[str, list[Rule]] = {
     "unstructured, global, recorded": [Rule("encoder", 0.9, budget=Global())],
     "heads": [Rule("attention", 0.5, structure=Head())],
     "neurons and heads": [Rule("mlp", 0.75, structure=Neuron()), Rule("attention", 0.5, structure=Head())],
+    "recovery without 75 % of neurons and heads": [
+        Rule("mlp", 0.75, Neuron(), Magnitude()),
+        Rule("attention", 0.75, Head(), Magnitude()),
+    ],
 }
 
 
@@ -78,12 +82,15 @@ def train(variant: str, steps: int, batch: int, tokens: int) -> float:
             disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, weight_decay=0.01,
         )  # fmt: skip
         rules = VARIANTS[variant]
-        if rules:
+        if variant.startswith("recovery"):
+            Pruner(find_family(model.config.model_type).groups(model, rules), Cubic()).finish()
+            trainer: Trainer = PruningTrainer(shrink(model, without_effect(model)), arguments, train_dataset=rows)
+        elif rules:
             schedule = Cubic(updates=max(1, steps // 4))
             pruner = Pruner(find_family(model.config.model_type).groups(model, rules), schedule)
             # As in a run of 256 steps, which has a moment every six steps.
             recording = Recording(every=min(1.0, 6 / steps)) if variant.endswith("recorded") else None
-            trainer: Trainer = PruningTrainer(model, arguments, train_dataset=rows, pruner=pruner, recording=recording)
+            trainer = PruningTrainer(model, arguments, train_dataset=rows, pruner=pruner, recording=recording)
         else:
             model.accepts_loss_kwargs = False
             trainer = Trainer(model, arguments, train_dataset=rows)

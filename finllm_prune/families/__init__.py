@@ -2,9 +2,20 @@
 
 from finllm_prune.families.architecture import Architecture
 from finllm_prune.families.family import Family, Part, find_architecture, find_family
-from finllm_prune.families.shrinking import Cut, alive, cut_in_place, keep, narrow, shrink, tell_heads, without_effect
+from finllm_prune.families.shrinking import (
+    Cut,
+    alive,
+    cut_in_place,
+    expand,
+    keep,
+    narrow,
+    shrink,
+    tell_heads,
+    without_effect,
+)
 
 __all__ = [
     "Architecture", "Cut", "Family", "Part",
-    "alive", "cut_in_place", "find_architecture", "find_family", "keep", "narrow", "shrink", "tell_heads", "without_effect",
+    "alive", "cut_in_place", "expand", "find_architecture", "find_family", "keep", "narrow", "shrink", "tell_heads",
+    "without_effect",
 ]  # fmt: skip

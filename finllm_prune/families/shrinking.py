@@ -25,6 +25,10 @@ class Cut:
         """What stays of a tensor of the parameter's shape: itself, its gradient, or one of its moments."""
         return tensor.index_select(self.axis, self.index.to(tensor.device))
 
+    def put(self, part: Tensor, tensor: Tensor) -> None:
+        """The inverse: write what stayed into its place in a tensor of the whole shape; the rest of it is left alone."""
+        tensor.index_copy_(self.axis, self.index.to(tensor.device), part.to(tensor.device))
+
 
 def alive(model: PreTrainedModel, family: Family, part: str, block: int) -> Tensor:
     """The units of a part ("attention": heads or kv groups, "mlp": neurons) with an effect, as bools.
@@ -100,6 +104,17 @@ def narrow(model: PreTrainedModel, widths: Mapping[str, Sequence[int]]) -> PreTr
         for block, count in enumerate(counts):
             cuts |= keep(model, family, part, block, torch.arange(count))
     return shrink(model, cuts)
+
+
+@torch.no_grad()
+def expand(small: PreTrainedModel, model: PreTrainedModel, cuts: dict[str, Cut]) -> None:
+    """The inverse of ``shrink``: write the weights of the small model into the full-size one that it came from."""
+    parts = small.state_dict()
+    for name, whole in model.state_dict().items():
+        if name in cuts:
+            cuts[name].put(parts[name], whole)
+        else:
+            whole.copy_(parts[name])
 
 
 def tell_heads(model: PreTrainedModel) -> None:

@@ -39,6 +39,7 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         schedule=run["recipe"]["pruning"]["schedule"],
         oneshot=run["recipe"]["pruning"]["oneshot"],
         distillation=run["recipe"]["distillation"],
+        recovery=run["recipe"]["recovery"],
         recorded=run["recipe"]["recording"] is not None,
         exported=exported,
         served=[name for name in exported if name in SERVED],

@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,8 +16,9 @@ from finllm_prune.pruning import Pruner
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
-from finllm_prune.training.projection import ProjectionCallback
+from finllm_prune.training.projection import PROJECTION_FILE, ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
+from finllm_prune.training.recovery import Seam
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 STATE_FILE = "pruner.safetensors"
@@ -76,6 +78,29 @@ class PruningTrainer(Trainer):
         task, outputs = super().compute_loss(model, own, True, num_items_in_batch)
         loss = self.teacher.loss({**outputs, "loss": task}, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def go_on(self) -> None:
+        """Train; with ``args.resume_from_checkpoint`` from there, which may be the end: then nothing is trained."""
+        checkpoint = self.args.resume_from_checkpoint
+        if checkpoint is None or not self.finished(Path(checkpoint)):
+            self.train(resume_from_checkpoint=checkpoint)
+            return
+        # The Trainer itself would go on for a step where the end is not the end of an epoch.
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        assert self.model is not None
+        load_model(self.model, Path(best or checkpoint) / "model.safetensors", device=str(self.args.device))
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def finished(self, checkpoint: Path) -> bool:
+        """Whether a training ended with this checkpoint."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        frozen = self.pruner is not None and bool(load_file(checkpoint / STATE_FILE)["frozen"])
+        ends_frozen = any(
+            isinstance(part, Seam) and not part.recovery.of_its_own for part in self.callback_handler.callbacks
+        )
+        return state.global_step >= state.max_steps or (frozen and ends_frozen)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's, which trains the teacher's projection too."""
@@ -173,9 +198,9 @@ class ProgressBar(ProgressCallback):
         return self.training_bar
 
 
-def complete_checkpoint(output_dir: str | None, pruned: bool) -> str | None:
+def complete_checkpoint(output_dir: str | None, pruned: bool, projected: bool = False) -> str | None:
     """The newest checkpoint that was written to its end, or None; one that a kill cut short is passed over."""
-    last_file = STATE_FILE if pruned else "trainer_state.json"
+    last_file = STATE_FILE if pruned else PROJECTION_FILE if projected else "trainer_state.json"
     folders = [path.parent for path in Path(output_dir or ".").glob(f"checkpoint-*/{last_file}")]
     return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 

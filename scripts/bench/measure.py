@@ -19,6 +19,8 @@ from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import Prepared, load_model, prepare
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
+from finllm_prune.run import dense as dense_of
+from finllm_prune.run import prune
 from finllm_prune.training import Teacher
 
 
@@ -36,14 +38,20 @@ def run(cell: Cell, protocol: Protocol) -> Row:
     layers = range(len(family.layers(student)))
     parts: dict[str, Any] = {"teacher": Teacher(dense, plan.distillation, layers) if plan.distillation else None}
     pruner = None
-    if "pruning" in method.recipe:
+    if plan.recovery is None and "pruning" in method.recipe:
         rules = plan.pruning.rules
         fill = family.whole_units(student, rules) if plan.pruning.fill else []
         pruner = parts["pruner"] = Pruner(family.groups(student, rules), plan.pruning.schedule, fill)
     if method.peer:
         parts["callbacks"] = [method.peer(cell.sparsity)]
     started = time.time()
-    trainer = protocol.train(ready, student, {}, **parts)
+    if plan.recovery is not None:
+        dense_of(ready)
+        started = time.time()
+        student, pruner, _, history = prune(ready, {})
+        steps = max(entry["step"] for entry in history)
+    else:
+        steps = protocol.train(ready, student, {}, **parts).state.global_step
     trained = time.time()
     small = shrink(student, without_effect(student)) if pruner else student
     smaller = sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
@@ -57,7 +65,7 @@ def run(cell: Cell, protocol: Protocol) -> Row:
         "test": on_test(ready, dense, student),
         "sparsity_of": ({"targeted": pruner.sparsity()} if pruner else {}) | removed(dense, student),
         "latency": [measure(dense, small, batch).to_dict() for batch in (1, 16)] if smaller else [],
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "train_seconds": round(trained - started, 1),
         "seconds": round(time.time() - began, 1),
         "versions": made_of["versions"] | peer_version(cell.method),

@@ -49,6 +49,18 @@ def on_labels(method: Method) -> Method:
     return replace(method, recipe=method.recipe | {"distillation": None})
 
 
+def recovered(method: Method) -> Method:
+    """The same with the training after the freeze, which comes at half of the run, on the small model."""
+    quiet = {"save_strategy": "no", "disable_tqdm": True, "report_to": "none"}
+    pruning = method.recipe["pruning"] | {"schedule": {"name": "cubic", "end": 0.4, "freeze": 0.5}}
+    return replace(method, recipe=method.recipe | {"pruning": pruning, "recovery": {}, "training": quiet})
+
+
+def at_full_size(method: Method) -> Method:
+    """What recovery is compared with: the same schedule on the masked model to the end."""
+    return replace(method, recipe={key: value for key, value in method.recipe.items() if key != "recovery"})
+
+
 OTHERS = {
     "dense": Method(),
     "torch_gradual": Method(peer=TorchGradual),
@@ -61,6 +73,8 @@ METHODS = {
     **{f"{name}_labels": on_labels(method) for name, method in OTHERS.items()},
     **{name: unstructured(name) for name in CRITERIA},
     **{f"structured_{name}": structured(name) for name in CRITERIA},
+    "structured_taylor_recovery": recovered(structured("taylor")),
+    "structured_taylor_early": at_full_size(recovered(structured("taylor"))),
     "neurons": rules({"target": "mlp", "structure": "neuron", "criterion": "movement", "budget": "uniform"}),
 }
 

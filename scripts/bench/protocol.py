@@ -41,6 +41,8 @@ class Protocol:
             own["pruning"] = plan["pruning"] | {
                 "rules": [rule | {"sparsity": None} for rule in plan["pruning"]["rules"]]
             }
+        if plan["recovery"] is not None:
+            own["recovery"] = plan["recovery"]
         if method.peer:
             own["peer"] = repr(method.peer(0.0))
         return Cell(name, sparsity, seed, learning_rate, what_is_on({"protocol": self.settings, "method": own}))
