@@ -284,7 +284,7 @@ def test_verify_wants_an_exported_folder(call: Call, finished: Path, capsys: pyt
         ("training.eval_strategy=never", "never is not a valid IntervalStrategy"),
         ("model.keep_layers=[3]", "model.keep_layers: [3] must name blocks of this model"),
         ("distillation.teacher={home}/data", "holds no config.json"),
-        ("export=['[/red]']", "export: unknown format '[/red]'; known: compact, "),
+        ("export=['[/red]']", "export: unknown format '[/red]'; known: masked, "),
         ("task.text_column='[bold]'", "there is no column '[bold]' (task.text_column)"),
     ],
 )

@@ -118,7 +118,7 @@ WRONG_VALUES = [
     (f"{RULE}.criterion", {"travel": 1.0}, f"{RULE}.criterion: unknown name"),
     (f"{RULE}.criterion", {"name": ["movement"]}, f"{RULE}.criterion: unknown name"),
     (f"{RULE}.budget", "total", f"{RULE}.budget: unknown name 'total'; known: uniform, global"),
-    ("export", ["maskd"], "export: unknown format 'maskd'; known: compact, "),
+    ("export", ["maskd"], "export: unknown format 'maskd'; known: masked, "),
     ("gates", {"f1": 0.9}, "gates.f1: there is no such gate; known: accuracy, macro_f1"),
     (f"{RULE}.sparsity", 0.0, "pruning.rules: sparsity must lie between 0 and 1 (exclusive), not 0.0"),
     (f"{RULE}.sparsity", 1.0, "pruning.rules: sparsity must lie between 0 and 1 (exclusive), not 1.0"),
