@@ -41,7 +41,7 @@ def run(cell: Cell, protocol: Protocol) -> Row:
     if plan.recovery is None and "pruning" in method.recipe:
         rules = plan.pruning.rules
         fill = family.whole_units(student, rules) if plan.pruning.fill else []
-        pruner = parts["pruner"] = Pruner(family.groups(student, rules), plan.pruning.schedule, fill)
+        pruner = parts["pruner"] = Pruner(family.groups(student, rules), plan.pruning.schedule, fill, ready.costs)
     if method.peer:
         parts["callbacks"] = [method.peer(cell.sparsity)]
     started = time.time()

@@ -44,6 +44,14 @@ def structured(criterion: str) -> Method:
     )
 
 
+def uneven(method: Method) -> Method:
+    """As many FLOPs as the same part of each layer would leave, but heads and neurons go wherever they are worth least."""
+    rules = [
+        {key: value for key, value in rule.items() if key != "budget"} for rule in method.recipe["pruning"]["rules"]
+    ]
+    return Method({"pruning": {"rules": rules, "target": {"tokens": 64}}})
+
+
 def on_labels(method: Method) -> Method:
     """The same without a teacher: as most users would run it."""
     return replace(method, recipe=method.recipe | {"distillation": None})
@@ -73,6 +81,7 @@ METHODS = {
     **{f"{name}_labels": on_labels(method) for name, method in OTHERS.items()},
     **{name: unstructured(name) for name in CRITERIA},
     **{f"structured_{name}": structured(name) for name in CRITERIA},
+    "structured_taylor_uneven": uneven(structured("taylor")),
     "structured_taylor_recovery": recovered(structured("taylor")),
     "structured_taylor_early": at_full_size(recovered(structured("taylor"))),
     "neurons": rules({"target": "mlp", "structure": "neuron", "criterion": "movement", "budget": "uniform"}),

@@ -64,7 +64,10 @@ class Protocol:
     ) -> Recipe:
         """The recipe of a cell; without ``dense``, a saved model, that of the dense model itself."""
         given = method.recipe.get("pruning", {})
-        rules = [{**rule, "sparsity": sparsity} for rule in given.get("rules", [])]
+        if "target" in given:  # what uniform cuts of that sparsity would leave, shared out as the method likes
+            given = given | {"target": {**given["target"], "flops": 1.0 - sparsity}}
+        elif "rules" in given:
+            given = given | {"rules": [{**rule, "sparsity": sparsity} for rule in given["rules"]]}
         training = {
             "num_train_epochs": self.epochs,
             "per_device_train_batch_size": 32,
@@ -77,7 +80,7 @@ class Protocol:
                 "model": self.model,
                 "task": {"name": "sentiment", "dataset": str(self.data), "max_length": 64, "train_rows": self.rows},
                 **method.recipe,
-                "pruning": {**given, "rules": rules or _NOT_USED},
+                "pruning": {"rules": _NOT_USED, **given},
                 "training": training
                 | method.recipe.get("training", {})
                 | {"seed": seed, "learning_rate": learning_rate},
