@@ -1,5 +1,6 @@
 """Everything that can be found wrong before training: output, data, model, rules, arguments."""
 
+import copy
 import json
 import logging
 import shutil
@@ -121,9 +122,19 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
+    tokenizer = load_tokenizer(location)
+    # Encoders are told by the attention mask what is padding; these look for its token.
+    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
+    if seeks_padding or tokenizer.pad_token is None:
+        raise InputError(
+            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
+            "in its config (the end-of-text token will do) and save both"
+        )
+    vocabulary = None if recipe.vocabulary is None else _trim(recipe.vocabulary, model, tokenizer, examples)
+    tokenizer = tokenizer if vocabulary is None else vocabulary[0].tokenizer
     small = model
     if recipe.model.keep_layers is not None:
-        small = load_model(recipe.task, location, examples.labels)
+        small = copy.deepcopy(model)
         architecture.keep_layers(small, recipe.model.keep_layers)
     groups = architecture.groups(small, recipe.pruning.rules)
     refuse_overlap(groups)
@@ -138,16 +149,6 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
                 "use oneshot: magnitude"
             )
         refuse_no_chain(small, architecture, groups)
-    tokenizer = load_tokenizer(location)
-    # Encoders are told by the attention mask what is padding; these look for its token.
-    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
-    if seeks_padding or tokenizer.pad_token is None:
-        raise InputError(
-            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
-            "in its config (the end-of-text token will do) and save both"
-        )
-    vocabulary = None if recipe.vocabulary is None else _trim(recipe.vocabulary, model, tokenizer, examples)
-    tokenizer = tokenizer if vocabulary is None else vocabulary[0].tokenizer
     if resume and vocabulary is not None:
         _check_vocabulary(work, vocabulary[0])
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
