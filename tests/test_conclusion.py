@@ -1,5 +1,6 @@
 """A run with everything at once: a target, fewer tokens, recovery, and several formats, each told for what it is."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+import finllm_prune.prepare
 from finllm_prune.checkpoints import verify
 from finllm_prune.evaluation import flops, parameter_bytes
 from finllm_prune.plan import plan
@@ -70,3 +72,46 @@ def test_a_plan_knows_the_trimmed_model_its_recovery_and_its_formats(content: di
         assert planned.bytes[name] == pytest.approx(report.bytes[name], rel=0.2), name
     dense = AutoModelForSequenceClassification.from_pretrained(parse(content).output / "dense")
     assert planned.bytes["dense"] == parameter_bytes(dense)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"oneshot": "magnitude", "rules": [{"target": "mlp", "sparsity": 0.5}]},
+        {"fill": True, "rules": [{"target": "mlp", "criterion": "movement", "sparsity": 0.9, "budget": "global"}]},
+    ],
+    ids=["oneshot", "fill"],
+)
+def test_a_trimmed_vocabulary_goes_with_one_shot_and_filling_with_recovery(
+    content: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    more = {"pruning": changes, "export": ["masked", "packed"], "gates": {}}
+    recipe = parse(content | more | {"recovery": {"max_steps": 3} if "fill" in changes else None})
+    report = run(recipe)
+    assert report is not None
+    assert report.sparsity["targeted"] == pytest.approx(0.5) or "fill" in changes
+    assert report.run["vocabulary"]["kept"] < 300
+    assert verify(recipe.output / "packed")["format"] == "packed"
+
+
+def test_a_resumed_run_is_held_against_the_costs_that_it_chose_by(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine without the table measures other times, and the masks are those of the old ones."""
+    content["training"] |= {"save_strategy": "steps", "save_steps": 1}
+    recipe = parse(content)
+    with monkeypatch.context() as patch:
+        patch.setattr("finllm_prune.run.conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+    priced = finllm_prune.prepare.price
+
+    def dearer(*given: Any) -> Any:
+        costs = priced(*given)
+        return dataclasses.replace(costs, rest=costs.rest + 0.01)
+
+    monkeypatch.setattr(finllm_prune.prepare, "price", dearer)
+    report = run(recipe, resume=True)
+    assert report is not None
+    assert report.target is not None
+    assert report.target["predicted"] == pytest.approx(report.target["measured"], rel=1e-6)
