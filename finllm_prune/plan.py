@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finllm_prune.checkpoints.packed import pack_all
 from finllm_prune.evaluation import Target, cpu_threads, flops, measured_table, parameter_bytes
 from finllm_prune.families import Architecture, Family, find_architecture, narrow
 from finllm_prune.prepare import Prepared, load_model, read, training_arguments
@@ -22,7 +23,6 @@ from finllm_prune.recipe import Recipe
 from finllm_prune.training import PruningTrainer, Teacher, uniform_layers
 
 _STEPS = 4
-_FORMATS = {"masked": "whole", "compact": "equal", "ragged": "small"}
 
 Widths = dict[str, list[int]]
 
@@ -34,9 +34,9 @@ class Plan:
     Args:
         parameters, flops: ``dense`` and ``pruned`` (without cut heads and neurons; of one text of ``tokens``); ``not_zero``
             leaves out single weights too.
-        bytes: ``dense`` and each format to be exported whose size follows from the widths.
+        bytes: of the weights, ``dense`` and in each format to be exported; a graph takes some more.
         latency: of a forward pass on this machine's CPU, from its table; None where no whole heads or neurons are cut.
-        seconds: ``dense`` and ``pruning``, from a few real steps; without evaluation and export.
+        seconds: ``dense``, ``pruning`` and ``recovery``, from a few real steps; without evaluation and export.
         peak_bytes: of weights, gradients, optimizer, scores, teacher and activations, at once.
         target: kind, asked, and the lowest that these rules can reach; None without a target.
     """
@@ -67,6 +67,8 @@ class Plan:
             what = f"CPU latency, {fast['batch']} × {fast['tokens']} tokens, {fast['threads']} threads"
             rows.append((what, f"{fast['dense_ms']:.1f} ms", f"{fast['pruned_ms']:.1f} ms, ratio {fast['ratio']:.2f}"))
         rows.append(("training time", f"{self.seconds['dense']:.0f} s", f"{self.seconds['pruning']:.0f} s"))
+        if "recovery" in self.seconds:
+            rows.append(("  recovery after it", "", f"{self.seconds['recovery']:.0f} s"))
         rows.append(("peak memory", "", f"{self.peak_bytes / 1e9:.2f} GB"))
         if self.target is not None:
             what = f"target {self.target['kind']} {self.target['asked']:g}"
@@ -81,16 +83,17 @@ def plan(recipe: Recipe) -> Plan:
         InputError: what a run would refuse, a target out of reach included.
     """
     ready = read(recipe)
-    student = load_model(recipe.task, ready.location, ready.examples.labels)
+    student = copy.deepcopy(ready.model)
     architecture = find_architecture(student.config.model_type)
     depth = architecture.depth_of(student.config)
     if recipe.model.keep_layers is not None:
         architecture.keep_layers(student, recipe.model.keep_layers)
     groups = architecture.groups(student, recipe.pruning.rules)
     widths = _widths(ready, groups)
+    _cut_single(groups)
     small = narrow(student, widths) if widths else student
     equal = narrow(student, _equal(architecture, widths)) if widths else student
-    sizes = {name: parameter_bytes(model) for name, model in (("whole", student), ("equal", equal), ("small", small))}
+    forms = {"masked": student, "compact": equal}
     shape = recipe.pruning.target or Target(size=0.5)
     tokens = min(shape.tokens, getattr(student.config, "max_position_embeddings", shape.tokens))
     costs = ready.costs
@@ -100,12 +103,12 @@ def plan(recipe: Recipe) -> Plan:
         },
         flops={"tokens": tokens, "dense": flops(ready.model, tokens), "pruned": flops(small, tokens)},
         bytes={"dense": parameter_bytes(ready.model)}
-        | {name: sizes[_FORMATS[name]] for name in recipe.export if name in _FORMATS},
+        | {name: _size(name, forms.get(name, small)) for name in recipe.export},
         latency=_latency(ready.model, student, widths, shape, tokens),
         target=None
         if costs is None
         else {"kind": shape.kind, "asked": shape.ratio, "lowest": costs.lowest},
-        **_training(ready, student, groups, depth),
+        **_training(ready, student, small, groups, depth),
     )  # fmt: skip
 
 
@@ -133,10 +136,32 @@ def _equal(architecture: Architecture, widths: Widths) -> Widths:
     return {part: [max(widths[part])] * len(widths[part]) for part in parts if part in widths}
 
 
-def _single_zeros(groups: list[Group]) -> int:
-    """Zeros of rules that cut within a matrix."""
+def _single(groups: list[Group]) -> list[tuple[nn.Parameter, float]]:
+    """The matrices that a rule cuts within, and which part of each."""
     fine = [group for group in groups if group.rule.structure.couples is None]
-    return sum(round(float(group.rule.sparsity or 0.0) * group.slots[0].parameter.numel()) for group in fine)
+    return [(group.slots[0].parameter, float(group.rule.sparsity or 0.0)) for group in fine]
+
+
+def _single_zeros(groups: list[Group]) -> int:
+    return sum(round(sparsity * matrix.numel()) for matrix, sparsity in _single(groups))
+
+
+@torch.no_grad()
+def _cut_single(groups: list[Group]) -> None:
+    """Zeros anywhere, for formats whose size is a matter of how many there are."""
+    for matrix, sparsity in _single(groups):
+        matrix.mul_(torch.rand(matrix.shape) >= sparsity)
+
+
+def _size(name: str, model: PreTrainedModel) -> float:
+    """Bytes of the model in a format."""
+    if name == "onnx-int8":  # a byte for each entry of a matrix or an embedding, and a scale for each column
+        return sum(p.numel() + 4.0 * p.shape[1] if p.ndim == 2 else p.nbytes for p in model.parameters())
+    if name not in ("packed", "packed-int8"):
+        return parameter_bytes(model)
+    packed = pack_all(model, int8=name == "packed-int8")
+    saved = sum(model.get_parameter(f"{path}.weight").nbytes - matrix.bytes for path, matrix in packed.items())
+    return parameter_bytes(model) - saved
 
 
 def _count(model: nn.Module) -> int:
@@ -160,7 +185,9 @@ def _latency(
     }  # fmt: skip
 
 
-def _training(ready: Prepared, student: PreTrainedModel, groups: list[Group], depth: int) -> dict[str, Any]:
+def _training(
+    ready: Prepared, student: PreTrainedModel, small: PreTrainedModel, groups: list[Group], depth: int
+) -> dict[str, Any]:
     """Seconds and peak memory, by a few steps of each phase."""
     recipe = ready.recipe
     seconds = {"dense": 0.0}
@@ -168,7 +195,9 @@ def _training(ready: Prepared, student: PreTrainedModel, groups: list[Group], de
         seconds["dense"], _ = _few_steps(ready, copy.deepcopy(ready.model), "dense", recipe.dense.training)
     teacher = None
     if recipe.distillation is not None and not recipe.distillation.cache:
-        model = load_model(recipe.task, ready.teacher or ready.location, ready.examples.labels)
+        model = copy.deepcopy(ready.model)
+        if ready.teacher is not None:
+            model = load_model(recipe.task, ready.teacher, ready.examples.labels)
         kept = recipe.model.keep_layers or list(range(depth))
         layers = uniform_layers(kept, depth, find_architecture(model.config.model_type).depth_of(model.config))
         teacher = Teacher(model, recipe.distillation, layers, getattr(student.config, "hidden_size", None))
@@ -176,6 +205,11 @@ def _training(ready: Prepared, student: PreTrainedModel, groups: list[Group], de
     # Scores, and the values of cut weights, which are parked; both are gone when the masks freeze.
     carried = _bytes(pruner.state_dict().values()) + _bytes(slot.parameter for group in groups for slot in group.slots)
     seconds["pruning"], peak = _few_steps(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
+    if (recovery := recipe.recovery) is not None:
+        seconds["recovery"], _ = _few_steps(ready, small, "recover", recovery.training, teacher=teacher)
+        if not recovery.of_its_own:  # but a part of the training
+            seconds["pruning"] *= recipe.pruning.schedule.freeze
+            seconds["recovery"] *= 1.0 - recipe.pruning.schedule.freeze
     return {"seconds": seconds, "peak_bytes": peak + carried}
 
 

@@ -1,5 +1,6 @@
 """Everything that can be found wrong before training: output, data, model, rules, arguments."""
 
+import copy
 import json
 import logging
 import shutil
@@ -121,33 +122,15 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
-    small = model
-    if recipe.model.keep_layers is not None:
-        small = load_model(recipe.task, location, examples.labels)
-        architecture.keep_layers(small, recipe.model.keep_layers)
-    groups = architecture.groups(small, recipe.pruning.rules)
-    refuse_overlap(groups)
-    _tell_size(groups)
-    whole = architecture.whole_units(small, recipe.pruning.rules) if recipe.pruning.fill else []
-    _check_graph(recipe, architecture, small)
-    _check_fit(recipe, architecture, config, [*recipe.pruning.rules, *(group.rule for group in whole)])
-    if isinstance(recipe.pruning.oneshot, Calibrated):
-        if not isinstance(architecture, Family):
-            raise InputError(
-                f"pruning.oneshot: {config.model_type} models have no family, so their blocks are not known; "
-                "use oneshot: magnitude"
-            )
-        refuse_no_chain(small, architecture, groups)
     tokenizer = load_tokenizer(location)
-    # Encoders are told by the attention mask what is padding; these look for its token.
-    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
-    if seeks_padding or tokenizer.pad_token is None:
-        raise InputError(
-            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
-            "in its config (the end-of-text token will do) and save both"
-        )
+    _refuse_no_padding(location, model, tokenizer)
     vocabulary = None if recipe.vocabulary is None else _trim(recipe.vocabulary, model, tokenizer, examples)
     tokenizer = tokenizer if vocabulary is None else vocabulary[0].tokenizer
+    small = model
+    if recipe.model.keep_layers is not None:
+        small = copy.deepcopy(model)
+        architecture.keep_layers(small, recipe.model.keep_layers)
+    groups = _check_rules(recipe, architecture, small)
     if resume and vocabulary is not None:
         _check_vocabulary(work, vocabulary[0])
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
@@ -160,6 +143,35 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
     )
+
+
+def _refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Encoders are told by the attention mask what is padding; these look for its token.
+    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
+    if seeks_padding or tokenizer.pad_token is None:
+        raise InputError(
+            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
+            "in its config (the end-of-text token will do) and save both"
+        )
+
+
+def _check_rules(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> list[Group]:
+    """What is to be cut, found in the model; and that it goes with the rest of the recipe."""
+    rules = recipe.pruning.rules
+    groups = architecture.groups(model, rules)
+    refuse_overlap(groups)
+    _tell_size(groups)
+    whole = architecture.whole_units(model, rules) if recipe.pruning.fill else []
+    _check_graph(recipe, architecture, model)
+    _check_fit(recipe, architecture, model.config, [*rules, *(group.rule for group in whole)])
+    if isinstance(recipe.pruning.oneshot, Calibrated):
+        if not isinstance(architecture, Family):
+            raise InputError(
+                f"pruning.oneshot: {model.config.model_type} models have no family, so their blocks are not known; "
+                "use oneshot: magnitude"
+            )
+        refuse_no_chain(model, architecture, groups)
+    return groups
 
 
 def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:

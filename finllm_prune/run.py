@@ -1,6 +1,5 @@
 """One run, top to bottom: dense teacher, pruning with distillation, proof, evaluation, export, card."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,33 +8,19 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from finllm_prune.checkpoints import LOSSY, SERVED, find_format, serve
+from finllm_prune.conclusion import conclude
 from finllm_prune.errors import ProofError
-from finllm_prune.evaluation import (
-    Quality,
-    Report,
-    check_target,
-    compare,
-    layer_table,
-    measure,
-    predict,
-    removed,
-    weight_bytes,
-)
-from finllm_prune.evaluation.plots import draw, draw_record
+from finllm_prune.evaluation import Report
 from finllm_prune.families import expand, find_architecture, shrink, without_effect
-from finllm_prune.hub.card import write_card
 from finllm_prune.metrics import find_metric
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
-from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Calibrated, Pruner, Sensitivity
 from finllm_prune.recipe import Recipe
-from finllm_prune.staging import publish, staged
+from finllm_prune.staging import staged
 from finllm_prune.training import (
-    RECORD_FILE,
     PruningTrainer,
     Recorder,
     Seam,
@@ -73,7 +58,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Rep
     student, pruner, recorder, history = prune(ready, clock)
     clock["trained"] = time.time()
     main = PartialState().is_main_process
-    report = _report(ready, baseline, student, pruner, recorder, history, clock) if main else None
+    report = conclude(ready, baseline, student, pruner, recorder, history, clock) if main else None
     PartialState().wait_for_everyone()
     return report
 
@@ -190,63 +175,6 @@ def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner) -> Non
         prune_once(student, find_architecture(student.config.model_type), pruner, method, batches)
 
 
-def _report(
-    ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel, pruner: Pruner,
-    recorder: Recorder | None, history: list[dict[str, Any]], clock: dict[str, float],
-) -> Report:  # fmt: skip
-    """Evaluate, export, write everything down, and put the complete folder in its place."""
-    recipe, examples, work = ready.recipe, ready.examples, ready.work
-    nn.Module.to(dense, device=student.device)
-    test = ready.tokens["test"]
-    collator = recipe.task.collator(ready.tokenizer)
-    of_dense = predict(dense, test, collator)
-
-    def judged(model: Callable[..., Any]) -> Quality:
-        return compare(
-            of_dense, predict(model, test, collator), np.array(test["labels"]), examples.labels, recipe.task.metrics,
-            seed=ready.arguments.seed,
-        )  # fmt: skip
-
-    quality = judged(student)
-    # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
-    nn.Module.to(student, device="cpu")
-    exported = {name: find_format(name)(student, ready.tokenizer, work / name) for name in recipe.export}
-    measured = next((name for name in ("ragged", "compact") if name in exported), "masked")
-    small = exported.get(measured, student)
-    target = None
-    if recipe.pruning.target is not None and ready.costs is not None:
-        kept = {group.name: int(group.mask.sum()) for group in pruner.groups}
-        target = check_target(recipe.pruning.target, ready.costs, dense, student, kept)
-    served = {name: serve(work / name) for name in recipe.export if name in SERVED}
-    fast: dict[str, Callable[..., Any]] = {measured: small, **served}
-    latency = [
-        {"model": name} | measure(dense, model, batch).to_dict() for name, model in fast.items() for batch in (1, 16)
-    ]
-    report = Report(
-        quality=quality,
-        sparsity={"targeted": pruner.sparsity(), **removed(dense, student)},
-        bytes={name: weight_bytes(work / name) for name in ("dense", *recipe.export)},
-        latency=latency,
-        layers=layer_table(student),
-        history=history,
-        run=provenance(ready)
-        | {"mask_hash": pruner.mask_hash(), "skipped_steps": int(pruner.skipped), "wall_seconds": _wall(clock)}
-        | {"warnings": list(recorder.warnings.values()) if recorder else []},
-        gates=recipe.gates,
-        target=target,
-        exported={name: judged(model) for name, model in served.items() if name in LOSSY},
-    )
-    report.save(work / "report.json")
-    draw(report.layers, report.history, work / "plots")
-    if recorder is not None:
-        recorder.save(work / RECORD_FILE)
-        draw_record(work / RECORD_FILE, work / "plots")
-    write_card(report, work, recipe.export)
-    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
-    publish(work, recipe.output)
-    return report
-
-
 def _trainer(
     ready: Prepared, model: PreTrainedModel, phase: str, changes: dict[str, Any], **parts: Any
 ) -> PruningTrainer:
@@ -286,15 +214,3 @@ def _save_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     with staged(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def _wall(clock: dict[str, float]) -> dict[str, float]:
-    now = time.time()
-    spans = {
-        "dense": clock["dense"] - clock["started"],
-        "pruning": clock["pruned"] - clock["dense"],
-        "recovery": clock["trained"] - clock["pruned"],
-        "evaluation_and_export": now - clock["trained"],
-        "total": now - clock["started"],
-    }
-    return {name: round(seconds, 1) for name, seconds in spans.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import finllm_prune.run
+import finllm_prune.conclusion
 import finllm_prune.saved
 from finllm_prune.evaluation import compare
 
@@ -80,5 +80,5 @@ def write_folder(folder: Path) -> Path:
 
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bootstrap with 9 resamples instead of 999: the intervals are no part of the test, and half of its time."""
-    for module in (finllm_prune.run, finllm_prune.saved):
+    for module in (finllm_prune.conclusion, finllm_prune.saved):
         monkeypatch.setattr(module, "compare", partial(compare, resamples=9))

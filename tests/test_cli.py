@@ -398,7 +398,7 @@ def test_a_killed_run_measures_its_sensitivities_only_where_no_checkpoint_holds_
         "training.max_steps=2", "training.save_steps=1", "export=[masked]",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr("finllm_prune.run._report", lambda *_: sys.exit(9))  # killed, when all checkpoints are there
+        patch.setattr("finllm_prune.run.conclude", lambda *_: sys.exit(9))  # killed, when all checkpoints are there
         assert call("run", home / "mine.yaml", *changes) == 9
     checkpoints = tmp_path / "out.partial" / "checkpoints" / "prune"
     undisturbed = densities(checkpoints / "checkpoint-2")
@@ -411,7 +411,7 @@ def test_a_killed_run_measures_its_sensitivities_only_where_no_checkpoint_holds_
         state |= {key: torch.full_like(value, 0.5) for key, value in state.items() if key.endswith("/density")}
         save_file(state, checkpoints / "checkpoint-1" / STATE_FILE)
     with monkeypatch.context() as patch:
-        patch.setattr("finllm_prune.run._report", lambda *_: sys.exit(9))
+        patch.setattr("finllm_prune.run.conclude", lambda *_: sys.exit(9))
         assert call("run", home / "mine.yaml", *changes, "--resume") == 9
     assert len(set(undisturbed)) > 1
     assert densities(checkpoints / "checkpoint-2") == ([0.5] * 6 if stopped_at else undisturbed)

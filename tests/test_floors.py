@@ -15,6 +15,7 @@ FLOORS = [
     {"recipe", "hub", "registration"},
     {"prepare"},
     {"provenance"},
+    {"conclusion"},
     {"run", "saved", "export", "plan", "trim"},
     {"cli"},
 ]

@@ -14,10 +14,11 @@ Save = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], PreTrainedMode
 
 FORMATS = ("masked", "compact", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")
 SERVED = ("onnx", "onnx-int8")  # what runs without PyTorch, and loads through ``serve``
+PLUGGED = ("ragged", "packed", "packed-int8")  # what loads after ``import finllm_prune``
 LOSSY = ("packed-int8", "onnx-int8")  # what is another model than the one in memory
 
 __all__ = [
-    "FORMATS", "GRAPH", "LOSSY", "SERVED",
+    "FORMATS", "GRAPH", "LOSSY", "PLUGGED", "SERVED",
     "exported_in", "find_format", "is_served", "proved", "serve", "verify", "zero_counts",
 ]  # fmt: skip
 

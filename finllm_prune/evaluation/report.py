@@ -98,10 +98,17 @@ class Report:
         for name, size in self.bytes.items():
             if name != "dense":
                 cells = [f"{b / 1e6:.1f} MB" for b in (self.bytes["dense"], size)]
-                out.append((f"weights on disk, {name}", cells[0], cells[1]))
+                out.append(
+                    (f"weights on disk, {name}", cells[0], f"{cells[1]}, ratio {size / self.bytes['dense']:.2f}")
+                )
         if vocabulary := self.run.get("vocabulary"):
             kept = f"{vocabulary['kept']:,} kept"
             out.append((f"tokens: {vocabulary['summary']}", f"{vocabulary['tokens']:,}", kept))
+            before = vocabulary["weight_bytes"]["before"]
+            ratios = ", ".join(f"{name} {size / before:.2f}" for name, size in self.bytes.items())
+            out.append(
+                ("weights on disk, against the dense model with all its tokens", f"{before / 1e6:.1f} MB", ratios)
+            )
         for entry in self.latency:
             shape = f"{entry['batch']} × {entry['tokens']} tokens"
             what = f"CPU latency, {entry['model']}, {shape} (median)"

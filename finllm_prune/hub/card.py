@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from finllm_prune.checkpoints import SERVED
+from finllm_prune.checkpoints import LOSSY, PLUGGED, SERVED
 from finllm_prune.evaluation import Report
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -43,7 +43,9 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         recorded=run["recipe"]["recording"] is not None,
         exported=exported,
         served=[name for name in exported if name in SERVED],
-        plain=[name for name in exported if name not in SERVED],
+        plugged=[name for name in exported if name in PLUGGED],
+        plain=[name for name in exported if name not in (*PLUGGED, *SERVED)],
+        shown=next((name for name in reversed(exported) if name not in (*LOSSY, *SERVED)), "dense"),
     )
     card.save(folder / "README.md")
     for name in exported:

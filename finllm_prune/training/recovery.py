@@ -95,6 +95,8 @@ class SmallerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if optimizer is None:  # resumed at its end: nothing is trained
+            return
         kept = load_file(self.seam / MOMENTS_FILE) if (self.seam / MOMENTS_FILE).is_file() else {}
         for name, parameter in model.named_parameters():
             if state.global_step == 0:

@@ -1,0 +1,134 @@
+"""The end of a run: export, evaluate, write everything down, and put the complete folder in its place."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finllm_prune.checkpoints import LOSSY, SERVED, find_format, serve
+from finllm_prune.evaluation import (
+    Quality,
+    Report,
+    Target,
+    check_target,
+    compare,
+    layer_table,
+    measure,
+    predict,
+    removed,
+    weight_bytes,
+)
+from finllm_prune.evaluation.plots import draw, draw_record
+from finllm_prune.evaluation.quality import Labels
+from finllm_prune.hub.card import write_card
+from finllm_prune.prepare import CHECKPOINTS, Prepared
+from finllm_prune.provenance import provenance
+from finllm_prune.pruning import Pruner
+from finllm_prune.staging import publish
+from finllm_prune.training import RECORD_FILE, Recorder
+
+_FASTEST = ("ragged", "compact", "packed")  # the narrowest blocks first; packed ones are those of ragged
+
+Classifier = Callable[..., Any]
+
+
+def conclude(
+    ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel, pruner: Pruner,
+    recorder: Recorder | None, history: list[dict[str, Any]], clock: dict[str, float],
+) -> Report:  # fmt: skip
+    """On the first rank alone.
+
+    Args:
+        clock: when the run was ``started``, had its ``dense`` model, was ``pruned`` and ``trained``, in seconds.
+    """
+    recipe, work = ready.recipe, ready.work
+    nn.Module.to(dense, device=student.device)
+    of_dense, of_student = (_predicted(ready, model) for model in (dense, student))
+    # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
+    nn.Module.to(student, device="cpu")
+    exported = _export(student, ready.tokenizer, work, recipe.export)
+    report = Report(
+        quality=_judged(ready, of_dense, of_student),
+        sparsity={"targeted": pruner.sparsity(), **removed(dense, student)},
+        bytes={name: weight_bytes(work / name) for name in ("dense", *recipe.export)},
+        latency=_latency(dense, student, exported),
+        layers=layer_table(student),
+        history=history,
+        run=provenance(ready)
+        | {"mask_hash": pruner.mask_hash(), "skipped_steps": int(pruner.skipped), "wall_seconds": _wall(clock)}
+        | {"warnings": list(recorder.warnings.values()) if recorder else []},
+        gates=recipe.gates,
+        target=_target(recipe.pruning.target, dense, student, pruner),
+        exported={
+            name: _judged(ready, of_dense, _predicted(ready, model))
+            for name, model in exported.items()
+            if name in LOSSY
+        },
+    )
+    report.save(work / "report.json")
+    draw(report.layers, report.history, work / "plots")
+    if recorder is not None:
+        recorder.save(work / RECORD_FILE)
+        draw_record(work / RECORD_FILE, work / "plots")
+    write_card(report, work, recipe.export)
+    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    publish(work, recipe.output)
+    return report
+
+
+def _export(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, names: list[str]
+) -> dict[str, Classifier]:
+    """Format -> what lies in its folder, behind the call of a model."""
+    exported: dict[str, Classifier] = {}
+    for name in names:
+        written = find_format(name)(student, tokenizer, work / name)
+        exported[name] = serve(work / name) if name in SERVED else written
+    return exported
+
+
+def _predicted(ready: Prepared, model: Classifier) -> Labels:
+    return predict(model, ready.tokens["test"], ready.recipe.task.collator(ready.tokenizer))
+
+
+def _judged(ready: Prepared, of_dense: Labels, predictions: Labels) -> Quality:
+    references = np.array(ready.tokens["test"]["labels"])
+    return compare(
+        of_dense, predictions, references, ready.examples.labels, ready.recipe.task.metrics, seed=ready.arguments.seed
+    )
+
+
+def _latency(dense: PreTrainedModel, student: PreTrainedModel, exported: dict[str, Classifier]) -> list[dict[str, Any]]:
+    """Of the smallest model in PyTorch first, which the gate looks at, then of each graph."""
+    smallest = next((name for name in _FASTEST if name in exported), "masked")
+    models = {smallest: exported.get(smallest, student)}
+    models |= {name: model for name, model in exported.items() if name in SERVED}
+    return [
+        {"model": name} | measure(dense, model, batch).to_dict() for name, model in models.items() for batch in (1, 16)
+    ]
+
+
+def _target(
+    target: Target | None, dense: PreTrainedModel, student: PreTrainedModel, pruner: Pruner
+) -> dict[str, Any] | None:
+    """Against the costs that the Pruner chose by: a resumed run has those of its checkpoint."""
+    if target is None or pruner.costs is None:
+        return None
+    return check_target(target, pruner.costs, dense, student, {g.name: int(g.mask.sum()) for g in pruner.groups})
+
+
+def _wall(clock: dict[str, float]) -> dict[str, float]:
+    now = time.time()
+    spans = {
+        "dense": clock["dense"] - clock["started"],
+        "pruning": clock["pruned"] - clock["dense"],
+        "recovery": clock["trained"] - clock["pruned"],
+        "evaluation_and_export": now - clock["trained"],
+        "total": now - clock["started"],
+    }
+    return {name: round(seconds, 1) for name, seconds in spans.items()}
