@@ -20,7 +20,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finllm_prune.checkpoints.packing import Packed, check, unpack
+from finllm_prune.checkpoints.packing import Memory, Packed, check, unpack
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Cut, Family, cut_in_place, find_architecture, find_family, keep, tell_heads
 
@@ -112,9 +112,14 @@ class PrunedQuantizer(HfQuantizer):
 class Unpack(ConversionOps):
     """Bitmask, values and scale of one matrix -> the matrix. transformers leaves the dtypes of its inputs alone."""
 
-    hf_quantizer = (
-        True  # by which transformers knows not to cast; not the quantizer, for this is copied for each matrix
-    )
+    hf_quantizer = True  # by which transformers knows not to cast
+
+    def __init__(self) -> None:
+        self._memory = Memory()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Unpack":
+        """transformers copies a conversion for each matrix; all of them share the memory."""
+        return self
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -122,7 +127,7 @@ class Unpack(ConversionOps):
         name: str = kwargs["full_layer_name"]
         parameter = kwargs["model"].get_parameter(name)
         parts = {pattern.rpartition("_")[2]: tensors[0] for pattern, tensors in input_dict.items()}
-        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name)]}
+        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name, self._memory)]}
 
 
 def widths(model: PreTrainedModel) -> dict[str, dict[str, int]]:
