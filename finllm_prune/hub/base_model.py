@@ -42,8 +42,8 @@ def locate(name: str, key: str = "model", *, served: bool = False) -> tuple[str,
         served: whether an ONNX folder will do as well.
 
     Raises:
-        InputError: there is no such folder, it holds a graph alone, the Hub does not know or give the model, or it cannot be reached and
-            neither its cache nor a package holds the model.
+        InputError: there is no such folder, it holds a graph alone, the Hub does not know or give the model, or it cannot
+            be reached and neither its cache nor a package holds the model.
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
