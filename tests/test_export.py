@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import FORMATS, GRAPH, delta, find_format, verify
-from finllm_prune.checkpoints.proof import MANIFEST
+from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.cli import main
 from finllm_prune.errors import InputError
 from finllm_prune.export import export, export_delta

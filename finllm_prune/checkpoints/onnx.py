@@ -29,7 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from finllm_prune.checkpoints.compact import without_idle_blocks
-from finllm_prune.checkpoints.proof import GRAPH, compare_logits, logits_of, probe_of, write_manifest
+from finllm_prune.checkpoints.formats import GRAPH
+from finllm_prune.checkpoints.manifest import write_manifest
+from finllm_prune.checkpoints.proof import compare_logits, logits_of, probe_of
 from finllm_prune.families import find_family, shrink, without_effect
 from finllm_prune.staging import staged
 

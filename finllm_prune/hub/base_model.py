@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from finllm_prune.checkpoints import is_served
-from finllm_prune.checkpoints.proof import sha256
+from finllm_prune.checkpoints.manifest import sha256
 from finllm_prune.errors import InputError
 
 logger = logging.getLogger(__name__)
