@@ -82,7 +82,8 @@ def unpack(
     check(packed, shape, name)
     mask, values = bitmask.unpack(packed.bitmask, shape).numpy(), packed.values
     if packed.scale is not None:
-        values = values.float() * packed.scale.repeat_interleave(torch.from_numpy(np.count_nonzero(mask, axis=1)))
+        in_rows = mask.view(np.uint8).sum(1, dtype=np.uint32)  # a third of the time of count_nonzero
+        values = values.float() * torch.from_numpy(np.repeat(packed.scale.numpy(), in_rows))
     # As integers of the same width, for numpy knows no bfloat16.
     bits = values.to(dtype).contiguous().view(_BITS[dtype.itemsize]).numpy()
     flat = memory.zeros(mask.size, bits.dtype) if memory else np.zeros(mask.size, bits.dtype)
