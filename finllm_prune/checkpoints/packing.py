@@ -5,7 +5,6 @@ Numpy does the work, which is a hundred times faster than torch here.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,28 +52,8 @@ def pack(matrix: Tensor, int8: bool = False) -> Packed:
     return Packed(bits, steps[mask].to(torch.int8), scale)
 
 
-class Memory:
-    """Zeroed memory out of large pieces, which the system gives in large pages: half the time of an array for each matrix."""
-
-    PIECE = 1 << 26  # what is not used of it is not there
-
-    def __init__(self) -> None:
-        self._left = np.empty(0, np.uint8)
-
-    def zeros(self, count: int, dtype: Any) -> Any:
-        """A flat numpy array."""
-        bytes_ = count * np.dtype(dtype).itemsize
-        whole = -(-bytes_ // 64) * 64  # so that the next one is aligned
-        if whole > len(self._left):
-            self._left = np.zeros(max(whole, self.PIECE), np.uint8)
-        given, self._left = self._left[:bytes_], self._left[whole:]
-        return given.view(dtype)
-
-
-def unpack(
-    packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, name: str = "a matrix", memory: Memory | None = None
-) -> Tensor:
-    """The matrix again, on the CPU; in ``memory``, if there is any.
+def unpack(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, name: str = "a matrix") -> Tensor:
+    """The matrix again, on the CPU.
 
     Raises:
         InputError: the parts are not those of one matrix of this shape.
@@ -86,7 +65,7 @@ def unpack(
         values = values.float() * torch.from_numpy(np.repeat(packed.scale.numpy(), in_rows))
     # As integers of the same width, for numpy knows no bfloat16.
     bits = values.to(dtype).contiguous().view(_BITS[dtype.itemsize]).numpy()
-    flat = memory.zeros(mask.size, bits.dtype) if memory else np.zeros(mask.size, bits.dtype)
+    flat = np.zeros(mask.size, bits.dtype)
     np.place(flat, mask.reshape(-1), bits)  # a third faster than an assignment
     return torch.from_numpy(flat).view(dtype).view(shape)
 

@@ -22,7 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finllm_prune.checkpoints.packing import Memory, Packed, check, unpack
+from finllm_prune.checkpoints.packing import Packed, check, unpack
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Cut, Family, cut_in_place, find_architecture, find_family, keep, tell_heads
 
@@ -110,7 +110,7 @@ class PrunedQuantizer(HfQuantizer):
 
 
 class Unpacking(WeightConverter):
-    """transformers copies its conversions for each matrix, deeply, which takes as long as the unpacking itself."""
+    """transformers copies its conversions for each matrix, deeply, which a profile of a load shows first."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Unpacking":
         new = copy.copy(self)
@@ -123,16 +123,13 @@ class Unpack(ConversionOps):
 
     hf_quantizer = True  # by which transformers knows not to cast
 
-    def __init__(self) -> None:
-        self._memory = Memory()
-
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, list[Tensor]]:
         name: str = kwargs["full_layer_name"]
         parameter = kwargs["model"].get_parameter(name)
         parts = {pattern.rpartition("_")[2]: tensors[0] for pattern, tensors in input_dict.items()}
-        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name, self._memory)]}
+        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name)]}
 
 
 def widths(model: PreTrainedModel) -> dict[str, dict[str, int]]:
