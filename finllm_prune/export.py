@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.checkpoints import delta, exported_in, find_format, verify
-from finllm_prune.checkpoints.proof import MANIFEST
+from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.hub.base_model import locate
 from finllm_prune.prepare import load_tokenizer

@@ -34,7 +34,7 @@ def evaluate_saved(
     examples = task.load()
     predictions = {}
     for name in dict.fromkeys([baseline or model, model]):
-        location, _ = locate(name)
+        location, _ = locate(name, served=True)
         labels = label_order(load_config(location), examples.labels, must_match=name)
         tokenizer = load_tokenizer(location)
         tokens = task.tokenize(examples.splits["test"], tokenizer)

@@ -74,7 +74,7 @@ def gather(
     args: argparse.Namespace, dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> Iterator[tuple[str, Contestant]]:  # fmt: skip
     """Everything that the flags ask for, by the name in the tables."""
-    compact = onnx.smallest(pruned)
+    compact = onnx.exportable(pruned)
     yield BASELINE, eager(dense)
     if args.compile:
         yield "dense, torch.compile", Contestant(size(dense), lambda threads: torch.compile(dense))

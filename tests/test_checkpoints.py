@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from finllm_prune.checkpoints import exported_in, find_format, verify
-from finllm_prune.checkpoints.proof import MANIFEST, save_proved, sha256
+from finllm_prune.checkpoints.manifest import MANIFEST, sha256
+from finllm_prune.checkpoints.proof import save_proved
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Budget, Constant, Global, Neuron, Pruner, Random, Rule, Uniform, Unstructured

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.checkpoints import delta, verify
-from finllm_prune.checkpoints.proof import MANIFEST, sha256
+from finllm_prune.checkpoints.manifest import MANIFEST, sha256
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Cubic, Magnitude, Pruner, Rule, ScoreMovement, Unstructured

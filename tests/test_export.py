@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from finllm_prune.checkpoints import FORMATS, delta, find_format, verify
-from finllm_prune.checkpoints.proof import MANIFEST
+from finllm_prune.checkpoints import FORMATS, GRAPH, delta, find_format, verify
+from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.cli import main
 from finllm_prune.errors import InputError
 from finllm_prune.export import export, export_delta
@@ -214,3 +214,13 @@ def test_a_base_without_a_head_will_do(run_output: Path, tmp_path: Path) -> None
     model = AutoModelForSequenceClassification.from_pretrained(run_output / "dense")
     delta.apply(model, tmp_path / "delta")
     assert torch.equal(model.classifier.weight, tiny_model().classifier.weight)
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "export {} {}-out --to masked", "delta {} {} {}-out"])
+def test_a_graph_is_no_source(tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    graph = tmp_path / "onnx"
+    graph.mkdir()
+    for name in ("config.json", GRAPH, MANIFEST):
+        (graph / name).write_text("{}")
+    assert call(*command.replace("{}", str(graph)).split()) == 2
+    assert "holds an ONNX graph, of which no model can be made again" in " ".join(capsys.readouterr().err.split())

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import GRAPH, SERVED, find_format, serve, verify
-from finllm_prune.checkpoints.proof import MANIFEST
+from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Head, Neuron, Pruner, Random, Rule, Uniform

@@ -76,11 +76,20 @@ def weights_hash(folder: Path) -> str:
     return json.loads((folder / "masked" / "finllm_prune.json").read_text())["sha256"]["model.safetensors"]
 
 
-def test_trap_5_two_ranks_choose_the_masks_of_one_rank_with_the_same_global_batch(tmp_path: Path, recipe: Path) -> None:
+TARGET = (
+    "pruning={target: {flops: 0.6, tokens: 24}, rules: [{target: mlp, structure: neuron, criterion: taylor}, "
+    "{target: attention, structure: head, criterion: taylor}]}"
+)
+
+
+@pytest.mark.parametrize("more", [[], [TARGET, "recovery={max_steps: 4}"]], ids=["rules", "target, recovery"])
+def test_trap_5_two_ranks_choose_the_masks_of_one_rank_with_the_same_global_batch(
+    tmp_path: Path, recipe: Path, more: list[str]
+) -> None:
     """On labels alone: a student that equals its teacher has gradients near zero, where Adam turns rounding into steps."""
     same = [
         "task.dataset=builtin", "task.train_rows=384", "distillation=null", "dense.training.max_steps=4",
-        "training.learning_rate=3e-4", "training.save_strategy=no",
+        "training.learning_rate=3e-4", "training.save_strategy=no", *more,
     ]  # fmt: skip
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml")]
     ranks = ["training.ddp_backend=gloo", "training.per_device_train_batch_size=8", f"output={tmp_path / 'two'}"]

@@ -84,6 +84,18 @@ def test_a_ragged_model_is_the_one_in_memory(tmp_path: Path, tokenizer: PreTrain
         assert torch.equal(logits(load(tmp_path / "again")), logits(returned))
 
 
+@pytest.mark.parametrize("format_name", ["masked", "compact"])
+def test_zeros_fill_it_up_where_plain_transformers_is_to_open_it(
+    exported: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, format_name: str
+) -> None:
+    model = load(exported)
+    find_format(format_name)(model, tokenizer, tmp_path / "even")
+    even = load(tmp_path / "even")
+    assert "quantization_config" not in json.loads((tmp_path / "even" / "config.json").read_text())
+    assert widths(even) == {64 if format_name == "masked" else max(widths(model))}
+    torch.testing.assert_close(logits(even), logits(model), atol=1e-5, rtol=0)
+
+
 def test_every_way_to_load_gives_the_same_model(exported: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = load(exported)
     for device_map in ("cpu", "auto"):

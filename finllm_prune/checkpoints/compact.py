@@ -9,11 +9,14 @@ uniform budget loses nothing. Not covered: heads of BERT-like models, zero block
 import copy
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints.proof import save_proved
-from finllm_prune.families import Family, alive, find_family, keep
+from finllm_prune.checkpoints.quantizer import widths
+from finllm_prune.families import Cut, Family, alive, expand, find_family, keep
+from finllm_prune.families.shrinking import PARTS
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
@@ -26,7 +29,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def compact(model: PreTrainedModel) -> PreTrainedModel:
     """A new model of the same class without the blocks, heads and FFN neurons whose output weights are all zero."""
     family = find_family(model.config.model_type)
-    model = without_idle_blocks(model, family)
+    model = without_idle_blocks(evened(model), family)
     config = copy.deepcopy(model.config)
     state = dict(model.state_dict())
     for part in ("attention", "mlp") if family.free_heads else ("mlp",):
@@ -43,6 +46,29 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     nn.Module.to(smaller, device=model.device)
     smaller.train(model.training)
     return smaller
+
+
+def evened(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a copy of a ragged one: zeros fill its blocks up to the widths that its config tells."""
+    if not widths(model):
+        return model
+    family = find_family(model.config.model_type)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    even: PreTrainedModel = type(model)(config)
+    nn.Module.to(even, dtype=model.dtype)
+    cuts: dict[str, Cut] = {}
+    for block in range(len(family.layers(model))):
+        for part in PARTS:
+            count = len(alive(model, family, part, block))
+            if count < len(alive(even, family, part, block)):
+                cuts |= keep(even, family, part, block, torch.arange(count))
+    for name in cuts:
+        nn.init.zeros_(even.get_parameter(name))
+    expand(model, even, cuts)
+    nn.Module.to(even, device=model.device)
+    even.train(model.training)
+    return even
 
 
 def without_idle_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 import finllm_prune
 from finllm_prune.checkpoints import bitmask
-from finllm_prune.checkpoints.proof import FORMAT_VERSION, MANIFEST, read_manifest, sha256
+from finllm_prune.checkpoints.manifest import FORMAT_VERSION, MANIFEST, read_manifest, sha256
 from finllm_prune.errors import InputError, ProofError, one_line
 from finllm_prune.staging import staged
 

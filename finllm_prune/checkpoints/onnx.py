@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from finllm_prune.checkpoints.compact import without_idle_blocks
-from finllm_prune.checkpoints.proof import GRAPH, compare_logits, logits_of, probe_of, write_manifest
-from finllm_prune.families import find_family, shrink, without_effect
+from finllm_prune.checkpoints.formats import GRAPH
+from finllm_prune.checkpoints.manifest import write_manifest
+from finllm_prune.checkpoints.proof import compare_logits, logits_of, probe_of
+from finllm_prune.checkpoints.ragged import smallest
 from finllm_prune.staging import staged
 
 TOLERANCE = 1e-4
@@ -67,7 +68,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     Raises:
         ProofError: onnxruntime's logits differ from the model's in memory by more than 1e-4; then no folder is left behind.
     """
-    smaller = smallest(model)
+    smaller = exportable(model)
     with staged(folder) as partial:
         write_graph(model, smaller, tokenizer, partial)
         probe = probe_of(model)
@@ -75,10 +76,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     return smaller
 
 
-def smallest(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy without the blocks, heads and neurons that have no effect, ready to be exported."""
-    busy = without_idle_blocks(model, find_family(model.config.model_type))
-    smaller = shrink(busy, without_effect(busy))
+def exportable(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy without the blocks, heads and neurons that have no effect, as the exporter wants it."""
+    smaller = smallest(model)
+    vars(smaller.config).pop("quantization_config", None)  # of a ragged one: a graph needs no quantizer
     nn.Module.to(smaller.eval(), device="cpu", dtype=torch.float32)
     smaller.config.use_cache = False  # or a decoder would give its keys and values out
     return smaller

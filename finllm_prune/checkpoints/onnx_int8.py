@@ -13,8 +13,10 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finllm_prune.checkpoints.onnx import Served, smallest, write_graph
-from finllm_prune.checkpoints.proof import GRAPH, agreement, logits_of, probe_of, write_manifest
+from finllm_prune.checkpoints.formats import GRAPH
+from finllm_prune.checkpoints.manifest import write_manifest
+from finllm_prune.checkpoints.onnx import Served, exportable, write_graph
+from finllm_prune.checkpoints.proof import agreement, logits_of, probe_of
 from finllm_prune.errors import ProofError
 from finllm_prune.staging import staged
 
@@ -29,7 +31,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     Raises:
         ProofError: the fp32 graph is not the model in memory, or the int8 one gives no numbers; then no folder is left behind.
     """
-    smaller = smallest(model)
+    smaller = exportable(model)
     with staged(folder) as partial:
         write_graph(model, smaller, tokenizer, partial)
         quantize(partial / GRAPH)

@@ -59,13 +59,15 @@ def unpack(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, name: str
         InputError: the parts are not those of one matrix of this shape.
     """
     check(packed, shape, name)
-    mask = bitmask.unpack(packed.bitmask, shape).numpy().reshape(-1)
+    mask, values = bitmask.unpack(packed.bitmask, shape).numpy(), packed.values
+    if packed.scale is not None:
+        in_rows = mask.view(np.uint8).sum(1, dtype=np.uint32)  # a third of the time of count_nonzero
+        values = values.float() * torch.from_numpy(np.repeat(packed.scale.numpy(), in_rows))
     # As integers of the same width, for numpy knows no bfloat16.
-    kind = _BITS[packed.values.element_size()]
-    flat = np.zeros(mask.size, dtype=torch.empty(0, dtype=kind).numpy().dtype)
-    np.place(flat, mask, packed.values.contiguous().view(kind).numpy())  # a third faster than an assignment
-    matrix = torch.from_numpy(flat).view(packed.values.dtype).view(shape)
-    return (matrix if packed.scale is None else matrix.float() * packed.scale[:, None]).to(dtype)
+    bits = values.to(dtype).contiguous().view(_BITS[dtype.itemsize]).numpy()
+    flat = np.zeros(mask.size, bits.dtype)
+    np.place(flat, mask.reshape(-1), bits)  # a third faster than an assignment
+    return torch.from_numpy(flat).view(dtype).view(shape)
 
 
 def check(packed: Packed, shape: tuple[int, ...], name: str) -> None:

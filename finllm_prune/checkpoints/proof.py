@@ -1,29 +1,23 @@
 """Every saved checkpoint is proved: when it is written, against the model in memory; later, from its files alone."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-import finllm_prune
-from finllm_prune.errors import InputError, ProofError, one_line
+from finllm_prune.checkpoints.formats import SERVED, find_format, serve
+from finllm_prune.checkpoints.manifest import damaged, read_manifest, write_manifest
+from finllm_prune.errors import ProofError, one_line
 from finllm_prune.families import find_architecture
-from finllm_prune.staging import UNFINISHED, staged
+from finllm_prune.staging import staged
 
-MANIFEST = "finllm_prune.json"
-FORMAT_VERSION = 1
-GRAPH = "model.onnx"  # of the formats that onnxruntime serves
 TOLERANCE = 1e-5
 # Of 64 rows, so many may tip over on another processor.
 AGREEMENT_SLACK = 2 / 64
-_FOR_PEOPLE = ("", ".md", ".yaml", ".png")
 
 
 def save_proved(
@@ -54,30 +48,6 @@ def save_proved(
         write_manifest(partial, format_name, zeros, probe, expected, TOLERANCE, more)
 
 
-def write_manifest(
-    folder: Path, format_name: str, zeros: dict[str, int], probe: dict[str, Tensor], logits: Tensor,
-    tolerance: float, more: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """Put down what ``verify`` holds the files of a folder against.
-
-    Args:
-        zeros: path -> number of exact zeros; none for a format that is no torch model.
-        probe, logits: the inputs, all attended to, and what the model in memory makes of them.
-        tolerance: how far the logits of the files may lie from these.
-        more: what else is to be known; "agreement" with the model in memory, where it is not 1, is verified again.
-    """
-    manifest = {
-        "format": format_name,
-        "format_version": FORMAT_VERSION,
-        "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
-        "zeros": zeros,
-        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
-        "probe": {"input_ids": probe["input_ids"].tolist(), "logits": logits.tolist(), "tolerance": tolerance},
-        **(more or {}),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
 def verify(folder: Path) -> dict[str, Any]:
     """Prove a saved checkpoint again from its files alone: hashes, zeros, logits of the recorded probe.
 
@@ -87,7 +57,7 @@ def verify(folder: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        InputError: the folder was not exported by finllm-prune.
+        InputError: the folder was not exported by finllm-prune, or a package is missing that its format needs.
         ProofError: a file, a zero or a logit is not what the manifest says, or a file lies there that it does not name.
     """
     manifest = read_manifest(folder)
@@ -98,9 +68,9 @@ def verify(folder: Path) -> dict[str, Any]:
         tolerance, agreed = float(manifest["probe"]["tolerance"]), float(manifest.get("agreement", 0.0))
         ids, logits = (torch.tensor(manifest["probe"][key]) for key in ("input_ids", "logits"))
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
-    from finllm_prune.checkpoints import SERVED, serve  # here, for that room imports this file
-
+        raise damaged(folder, error) from error
+    if format_name in SERVED:
+        find_format(format_name)  # that a package is missing is no fault of the files
     try:
         model = serve(folder) if format_name in SERVED else _load(folder)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -113,49 +83,6 @@ def verify(folder: Path) -> dict[str, Any]:
     if agreement(got, logits) < agreed - AGREEMENT_SLACK:
         raise ProofError(f"{folder}: it predicts other classes for the probe than when it was exported; export it anew")
     return manifest
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder whose files are those that it names, to the bit.
-
-    Beside them only what people read may lie there (card, recipe, plots): transformers would take a second weight file, an
-    adapter or code for a part of the model.
-
-    Raises:
-        InputError, ProofError: as ``verify``.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        hashes, version, _ = dict(manifest["sha256"]), int(manifest["format_version"]), manifest["format"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} holds no {MANIFEST}: it is not a checkpoint that finllm-prune exported") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
-    if version > FORMAT_VERSION:
-        raise ProofError(
-            f"{folder} was made by a newer finllm_prune (format version {version}, known here: {FORMAT_VERSION}); "
-            "upgrade: pip install -U finllm-prune"
-        )
-    for name, expected in hashes.items():
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise ProofError(f"{folder / name} is missing or is not the file that was proved; export it anew")
-    known = {*hashes, MANIFEST}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in known and path.suffix not in _FOR_PEOPLE:
-            raise ProofError(
-                f"{path} is not a file that was proved, and a loader may read it; remove it, or export anew"
-            )
-    return manifest
-
-
-def _damaged(folder: Path, error: Exception) -> ProofError:
-    return ProofError(f"{folder / MANIFEST} is damaged ({error}); export the checkpoint anew")
-
-
-def exported_in(folder: Path) -> list[Path]:
-    """The exported checkpoints directly in a folder, as in the output of a run; without any, the folder itself."""
-    inside = sorted(folder.iterdir()) if folder.is_dir() and not (folder / MANIFEST).is_file() else []
-    return [path for path in inside if (path / MANIFEST).is_file() and path.suffix not in UNFINISHED] or [folder]
 
 
 def proved(manifest: dict[str, Any]) -> str:
@@ -177,12 +104,6 @@ def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> tuple[fl
     probe = probe_of(model)
     expected = logits_of(model, probe)
     return float((logits_of(other, probe) - expected).abs().max()), float(expected.abs().max())
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def probe_of(model: PreTrainedModel, rows: int = 4, tokens: int = 16) -> dict[str, Tensor]:

@@ -8,7 +8,9 @@ The weights lie in a file that transformers alone does not look for. Its config 
 exist and whose name is the remedy: without this package there is an error, never a model with random weights.
 """
 
+import copy
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ class PrunedQuantizer(HfQuantizer):
         """Packed parts -> the matrix."""
         if not self.quantization_config.packed:
             return []
-        return [WeightConverter([f"weight_{part}" for part in PARTS], "weight", [Unpack()], force_cpu=True)]
+        return [Unpacking([f"weight_{part}" for part in PARTS], "weight", [Unpack()], force_cpu=True)]
 
     def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
         """Leave a plain model; of this format only the widths stay in its config."""
@@ -96,10 +98,8 @@ class PrunedQuantizer(HfQuantizer):
         if per_layer := self.quantization_config.per_layer_config:
             model.config.quantization_config = PrunedConfig(VERSION, per_layer).to_dict()
         # Else save_pretrained would try to pack every weight.
-        kept = [
-            conversion for conversion in model.__dict__.get("_weight_conversions") or [] if not _unpacks(conversion)
-        ]
-        model.__dict__["_weight_conversions"] = kept
+        ours = model.__dict__.get("_weight_conversions") or []
+        model.__dict__["_weight_conversions"] = [each for each in ours if not isinstance(each, Unpacking)]
 
     def is_serializable(self) -> bool:
         return True
@@ -109,12 +109,19 @@ class PrunedQuantizer(HfQuantizer):
         return True
 
 
+class Unpacking(WeightConverter):
+    """transformers copies its conversions for each matrix, deeply, which a profile of a load shows first."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Unpacking":
+        new = copy.copy(self)
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
+        return new
+
+
 class Unpack(ConversionOps):
     """Bitmask, values and scale of one matrix -> the matrix. transformers leaves the dtypes of its inputs alone."""
 
-    hf_quantizer = (
-        True  # by which transformers knows not to cast; not the quantizer, for this is copied for each matrix
-    )
+    hf_quantizer = True  # by which transformers knows not to cast
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -196,10 +203,6 @@ def _named(model: PreTrainedModel, family: Family, heads: int, neurons: int) -> 
     if family.heads == "num_key_value_heads":  # a group takes its query heads along
         named["num_attention_heads"] = heads * (model.config.num_attention_heads // model.config.num_key_value_heads)
     return named
-
-
-def _unpacks(conversion: Any) -> bool:
-    return any(isinstance(operation, Unpack) for operation in getattr(conversion, "operations", []))
 
 
 def _check_files(model: PreTrainedModel, files: list[str], packed: int) -> None:

@@ -24,8 +24,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def ragged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy without the blocks, heads and FFN neurons that have no effect."""
-    smaller = without_idle_blocks(model, find_family(model.config.model_type))
-    smaller = shrink(smaller, without_effect(smaller))
+    """A copy without the blocks, heads and FFN neurons that have no effect, whose config tells the widths of its blocks."""
+    smaller = smallest(model)
     tell_widths(smaller)
     return smaller
+
+
+def smallest(model: PreTrainedModel) -> PreTrainedModel:
+    """The same, with the config of the model."""
+    busy = without_idle_blocks(model, find_family(model.config.model_type))
+    return shrink(busy, without_effect(busy))

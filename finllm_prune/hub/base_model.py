@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from finllm_prune.checkpoints.proof import sha256
+from finllm_prune.checkpoints import is_served
+from finllm_prune.checkpoints.manifest import sha256
 from finllm_prune.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -32,20 +33,26 @@ PACKAGED = {
 }
 
 
-def locate(name: str, key: str = "model") -> tuple[str, str]:
+def locate(name: str, key: str = "model", *, served: bool = False) -> tuple[str, str]:
     """A model's name -> what ``from_pretrained`` takes, and where it comes from in words.
 
     Args:
         name: a local folder or Hub id.
         key: the key of the recipe that named it, for the error.
+        served: whether an ONNX folder will do as well.
 
     Raises:
-        InputError: there is no such folder, the Hub does not know or give the model, or it cannot be reached and
-            neither its cache nor a package holds the model.
+        InputError: there is no such folder, it holds a graph alone, the Hub does not know or give the model, or it cannot
+            be reached and neither its cache nor a package holds the model.
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"{key}: the folder {name} holds no config.json; name a saved transformers model")
+        if is_served(Path(name)) and not served:
+            raise InputError(
+                f"{key}: {name} holds an ONNX graph, of which no model can be made again; name the folder that it was "
+                "exported from, or another format of it"
+            )
         if not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
             raise InputError(
                 f"{key}: the folder {name} holds pickled weights (.bin) only, which can run code; load it where you trust it "

@@ -1,0 +1,91 @@
+"""The manifest beside an exported checkpoint: what its files must be, and what its model must say."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+import finllm_prune
+from finllm_prune.errors import InputError, ProofError
+from finllm_prune.staging import UNFINISHED
+
+MANIFEST = "finllm_prune.json"
+FORMAT_VERSION = 1
+_FOR_PEOPLE = ("", ".md", ".yaml", ".png")
+
+
+def write_manifest(
+    folder: Path, format_name: str, zeros: dict[str, int], probe: dict[str, Tensor], logits: Tensor,
+    tolerance: float, more: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Put down what ``verify`` holds the files of a folder against.
+
+    Args:
+        zeros: path -> number of exact zeros; none for a format that is no torch model.
+        probe, logits: the inputs, all attended to, and what the model in memory makes of them.
+        tolerance: how far the logits of the files may lie from these.
+        more: what else is to be known; "agreement" with the model in memory, where it is not 1, is verified again.
+    """
+    manifest = {
+        "format": format_name,
+        "format_version": FORMAT_VERSION,
+        "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
+        "zeros": zeros,
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
+        "probe": {"input_ids": probe["input_ids"].tolist(), "logits": logits.tolist(), "tolerance": tolerance},
+        **(more or {}),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose files are those that it names, to the bit.
+
+    Beside them only what people read may lie there (card, recipe, plots): transformers would take a second weight file, an
+    adapter or code for a part of the model.
+
+    Raises:
+        InputError, ProofError: as ``verify``.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        hashes, version, _ = dict(manifest["sha256"]), int(manifest["format_version"]), manifest["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} holds no {MANIFEST}: it is not a checkpoint that finllm-prune exported") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, error) from error
+    if version > FORMAT_VERSION:
+        raise ProofError(
+            f"{folder} was made by a newer finllm_prune (format version {version}, known here: {FORMAT_VERSION}); "
+            "upgrade: pip install -U finllm-prune"
+        )
+    for name, expected in hashes.items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise ProofError(f"{folder / name} is missing or is not the file that was proved; export it anew")
+    known = {*hashes, MANIFEST}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in known and path.suffix not in _FOR_PEOPLE:
+            raise ProofError(
+                f"{path} is not a file that was proved, and a loader may read it; remove it, or export anew"
+            )
+    return manifest
+
+
+def exported_in(folder: Path) -> list[Path]:
+    """The exported checkpoints directly in a folder, as in the output of a run; without any, the folder itself."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() and not (folder / MANIFEST).is_file() else []
+    return [path for path in inside if (path / MANIFEST).is_file() and path.suffix not in UNFINISHED] or [folder]
+
+
+def damaged(folder: Path, error: Exception) -> ProofError:
+    """What to raise where a manifest is not what it should be."""
+    return ProofError(f"{folder / MANIFEST} is damaged ({error}); export the checkpoint anew")
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
