@@ -1,7 +1,7 @@
 """Words that a model is not to learn: names of companies, tickers, figures."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -68,23 +68,17 @@ class Masker:
             assert first is not None
             self.by_first.setdefault(first[0], []).append(name)
 
-    def __call__(self, text: str) -> tuple[str, int]:
-        """The text without the names, and how many stood there."""
-        parts, end, count = [], 0, 0
+    def __call__(self, text: str) -> str:
+        """The text without the names."""
+        parts, end = [], 0
         for token in _TOKEN.finditer(text):
             if token.start() < end:
                 continue
             found = next((name for name in self.by_first.get(token[0], ()) if _stands(name, text, token.start())), None)
             if found is not None:
                 parts += [text[end : token.start()], self.word]
-                end, count = token.start() + len(found), count + 1
-        return "".join([*parts, text[end:]]), count
-
-
-def mask_all(texts: Sequence[str], masker: Masker) -> tuple[list[str], int]:
-    """Texts without names, and in how many there was one."""
-    masked = [masker(text) for text in texts]
-    return [text for text, _ in masked], sum(count > 0 for _, count in masked)
+                end = token.start() + len(found)
+        return "".join([*parts, text[end:]])
 
 
 def normalise_numbers(text: str) -> str:

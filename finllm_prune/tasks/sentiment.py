@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from finllm_prune.errors import InputError
-from finllm_prune.tasks.masking import Mask, Masker, mask_all, normalise_numbers
+from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, leakage, without_copies
@@ -202,7 +202,7 @@ class Sentiment:
         for split, frame in frames.items():
             touched = pd.Series(False, index=frame.index)
             for column in _texts(frame):
-                masked = mask_all(frame[column].tolist(), masker)
+                masked = [masker(text) for text in frame[column]]
                 touched |= frame[column] != masked
                 frame[column] = masked
             counts[split] = int(touched.sum())
