@@ -90,9 +90,7 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, caplog: pytest.
 def test_bad_rows_are_refused_by_default_with_the_first_and_the_count(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     dirty(folder)
-    with pytest.raises(
-        InputError, match=r"train\.jsonl, line 2, holds bytes that are not UTF-8; mend it, or leave such"
-    ):
+    with pytest.raises(InputError, match=r"train\.jsonl, line 2, holds bytes that are not UTF-8; save it as UTF-8, or"):
         Sentiment(dataset=str(folder)).load()
     small.write_jsonl(folder / "train.jsonl", [*small.rows("train"), {"text": "", "label": "neutral"}])
     with pytest.raises(InputError, match=r"train\.jsonl, line 25, has no text .* \(the first of 2 bad rows\); mend it"):
@@ -107,15 +105,17 @@ def test_bytes_that_are_not_utf8_in_a_csv(tmp_path: Path, bad_rows: Any) -> None
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         writer.writerow(['Two\nlines, "quoted".', "neutral"])
-        writer.writerow(["A caf\u00e9.", "neutral"])
+        writer.writerow(["A\n caf\u00e9.", "neutral"])
         writer.writerow(["", "neutral"])
         writer.writerow(["Profit rose.", "positive"])
         writer.writerow(["Profit fell.", "negative"])
     content = (folder / "train.csv").read_bytes()
-    (folder / "train.csv").write_bytes(content.replace("é".encode(), b"\xe9"))
+    (folder / "train.csv").write_bytes(content.replace("é".encode(), b"\xe9\n\xe9"))
     task = Sentiment(dataset=str(folder), bad_rows=bad_rows)
     if bad_rows == "refuse":
-        with pytest.raises(InputError, match=r"train\.csv, line 4, holds bytes that are not UTF-8"):
+        with pytest.raises(
+            InputError, match=r"train\.csv, line 5, holds bytes that are not UTF-8 \(the first of 2 such lines\)"
+        ):
             task.load()
         return
     examples = task.load()

@@ -1,6 +1,5 @@
 """Rows as they lie in their files: on which line each begins, and which ones are bad."""
 
-import codecs
 import csv
 import json
 import logging
@@ -94,16 +93,16 @@ def first_lines(path: Path, without: set[int]) -> list[int]:
     return [line for line, _ in records if line not in without]
 
 
-def not_utf8(path: Path) -> int | None:
-    """The first line with bytes that are not UTF-8, from 1; None where all are."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def not_utf8(path: Path) -> list[int]:
+    """The lines with bytes that are not UTF-8, from 1."""
+    bad = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                decoder.decode(line)
+                line.decode()
             except UnicodeDecodeError:
-                return number
-    return None
+                bad.append(number)
+    return bad
 
 
 def copy_readable(path: Path, copy: Path) -> list[int]:

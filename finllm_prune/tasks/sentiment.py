@@ -286,7 +286,11 @@ def _divided(frames: dict[str, pd.DataFrame], split: Split) -> tuple[dict[str, p
     fact: dict[str, Any] = {"by": split.by, "kind": "time" if time else "group" if split.by else "random"}
     for name, rows in parts.items() if split.by else ():
         values = [keys[row] for row in rows]
-        fact[name] = [str(min(values)), str(max(values))] if time else len(set(values))
+        fact[name] = (
+            [str(value).removesuffix(" 00:00:00+00:00") for value in (min(values), max(values))]
+            if time
+            else len(set(values))
+        )
     return {name: whole.iloc[rows] for name, rows in parts.items()}, fact
 
 

@@ -159,9 +159,11 @@ def read_file(path: Path, split: str, left_out: list[int] | None = None) -> data
             left_out += copy_readable(path, copy)
             if left_out:
                 return _loaded(copy, split, named=path, cache_dir=folder, keep_in_memory=True)
-    elif path.suffix != ".parquet" and (line := not_utf8(path)) is not None:
+    elif path.suffix != ".parquet" and (bad := not_utf8(path)):
+        count = f" (the first of {len(bad)} such lines)" if len(bad) > 1 else ""
         raise InputError(
-            f"{path}, line {line}, holds bytes that are not UTF-8; mend it, or leave such rows out by task.bad_rows: skip"
+            f"{path}, line {bad[0]}, holds bytes that are not UTF-8{count}; save it as UTF-8, or leave such rows of "
+            "task.dataset out by task.bad_rows: skip"
         )
     return _loaded(path, split, named=path)
 
