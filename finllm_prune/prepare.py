@@ -133,6 +133,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     groups = _check_rules(recipe, architecture, small)
     if resume and vocabulary is not None:
         _check_vocabulary(work, vocabulary[0])
+    recipe.task.loss(examples)  # class weights that do not fit are told now
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
@@ -212,7 +213,7 @@ def _trim(
     asked: Trim, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples
 ) -> tuple[Trimmed, Change]:
     """The model is cut in place; what that changes is counted on the splits that training does not see."""
-    texts = {name: list(rows["text"]) for name, rows in examples.splits.items()}
+    texts = {name: examples.texts(name) for name in examples.splits}
     used = texts["train"] if asked.texts == "train" else [text for split in texts.values() for text in split]
     if asked.extra is not None:
         used += read_texts(asked.extra, "vocabulary.extra")

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from finllm_prune.hub.card import base_license
 from finllm_prune.prepare import Prepared
+from finllm_prune.tasks import Examples
 
 
 def provenance(ready: Prepared) -> dict[str, Any]:
@@ -30,7 +31,9 @@ def provenance(ready: Prepared) -> dict[str, Any]:
             "source": examples.source,
             "fingerprint": examples.fingerprint(),
             "rows": {name: len(rows) for name, rows in examples.splits.items()},
-            "test_labels": dict(Counter(examples.labels[i] for i in examples.splits["test"]["label"])),
+            "test_labels": _counts(examples, "test"),
+            "labels": {name: _counts(examples, name) for name in examples.splits},
+            **examples.facts,
         },
         "recipe": recipe.resolved,
         "vocabulary": _vocabulary(ready),
@@ -45,6 +48,11 @@ def provenance(ready: Prepared) -> dict[str, Any]:
         },
         "commit": _commit(),
     }
+
+
+def _counts(examples: Examples, split: str) -> dict[str, int]:
+    """Label -> rows."""
+    return dict(Counter(examples.labels[i] for i in examples.splits[split]["label"]))
 
 
 def _vocabulary(ready: Prepared) -> dict[str, Any] | None:

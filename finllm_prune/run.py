@@ -187,7 +187,7 @@ def _trainer(
     return PruningTrainer(
         model, arguments, description=phase, eval_dataset=ready.tokens["validation"],
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
-        compute_metrics=lambda result: _scores(result, metrics), **parts,
+        compute_metrics=lambda result: _scores(result, metrics), task_loss=ready.recipe.task.loss(ready.examples), **parts,
     )  # fmt: skip
 
 

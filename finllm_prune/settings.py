@@ -63,7 +63,7 @@ def hint(name: str, known: Iterable[str]) -> str:
     """What a user may have meant, to be put behind an error."""
     choices = list(known)
     close = difflib.get_close_matches(name, choices, n=1)
-    listed = f"; known: {', '.join(choices)}" if len(choices) <= 12 else "; see transformers.TrainingArguments"
+    listed = f"; known: {', '.join(choices)}" if len(choices) <= 40 else "; see transformers.TrainingArguments"
     return (f"; did you mean '{close[0]}'?" if close else "") + listed
 
 

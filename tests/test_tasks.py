@@ -176,18 +176,18 @@ def put(name: str, content: str) -> Callable[[Path], None]:
 
 COMMA = "text,label\nProfit rose, sales fell,positive\nThe meeting,neutral\n"
 BAD_DATA = [
-    (append("test.jsonl", {"text": "So so.", "label": "mixed"}), "split test: row 9 has the unknown label 'mixed'; known"),
-    (append("train.jsonl", {"text": "So so.", "label": None}), "split train: row 24 has the unknown label None; known are"),
-    (append("test.jsonl", {"text": "So so.", "label": "Positive"}), "row 9 has the unknown label 'Positive'; known are"),
-    (append("train.jsonl", {"text": "", "label": "neutral"}), "split train: row 24 has no text in column 'text'; remove"),
-    (append("test.jsonl", {"text": " \n", "label": "neutral"}), "split test: row 9 has no text in column 'text'; remove"),
-    (append("test.jsonl", {"text": None, "label": "neutral"}), "split test: row 9 has no text in column 'text'; remove"),
+    (append("test.jsonl", {"text": "So so.", "label": "mixed"}), "test.jsonl, line 10, has the unknown label 'mixed'; known"),
+    (append("train.jsonl", {"text": "So so.", "label": None}), "train.jsonl, line 25, has the unknown label None; known are"),
+    (append("test.jsonl", {"text": "So so.", "label": "Positive"}), "line 10, has the unknown label 'Positive'; known are"),
+    (append("train.jsonl", {"text": "", "label": "neutral"}), "train.jsonl, line 25, has no text in column 'text'; mend"),
+    (append("test.jsonl", {"text": " \n", "label": "neutral"}), "test.jsonl, line 10, has no text in column 'text'; mend"),
+    (append("test.jsonl", {"text": None, "label": "neutral"}), "test.jsonl, line 10, has no text in column 'text'; mend"),
     (put("test.jsonl", ""), "test.jsonl cannot be read as jsonl (it is empty); mend it"),
     (put("test.csv", "text,label\n"), "test.csv cannot be read as csv"),
     (put("train.jsonl", '{"text": "a"'), "train.jsonl cannot be read as jsonl (JSON parse error"),
     (put("train.parquet", "PAR1"), "train.parquet cannot be read as parquet"),
     (put("train.csv", COMMA), "train.csv: its rows have more fields than its header; put texts with a comma in quotes"),
-    (put("test.jsonl", '{"text": "So so.", "label": ["neutral"]}\n'), "row 0 has the unknown label ['neutral']"),
+    (put("test.jsonl", '{"text": "So so.", "label": ["neutral"]}\n'), "line 1, has the unknown label ['neutral']"),
     (put("train.jsonl", '{"text": "So so.", "label": ["neutral"]}\n'), "holds ['neutral'] and the like, not names; list"),
     (put("train.jsonl", '{"text": "So so.", "label": "neutral"}\n'), "have the same label (neutral); there is nothing to"),
     (put("test.jsonl", '{"text": "So so.", "tone": "neutral"}\n'), "there is no column 'label' (task.label_column); its col"),
@@ -212,7 +212,7 @@ def test_a_bad_row_is_named_as_it_lies_in_the_file_also_where_rows_are_drawn(tmp
     folder = small.write_folder(tmp_path / "data")
     (folder / "validation.jsonl").unlink()
     append("train.jsonl", {"text": "", "label": "neutral"})(folder)
-    with pytest.raises(InputError, match="split train: row 24 has no text"):
+    with pytest.raises(InputError, match=r"train\.jsonl, line 25, has no text"):
         Sentiment(dataset=str(folder), train_rows=4).load()
 
 

@@ -1,5 +1,6 @@
 """A transformers.Trainer that prunes: `compute_loss`, `create_optimizer`, `log`, the sampler and callbacks, no copied loop."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,16 @@ class PruningTrainer(Trainer):
     Args:
         pruner: built on the same model; None fine-tunes without pruning.
         teacher: adds its loss to the task's; None trains on the labels alone.
+        task_loss: (logits, labels) -> the mean over a batch's rows, in place of the model's own loss; None leaves it to the
+            model.
         recording: of the flight recorder, which is ``recorder`` then; None records nothing.
         description: what the progress bar is called.
     """
 
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None, teacher: Teacher | None = None,
-        recording: Recording | None = None, description: str = "train", **kwargs: Any,
+        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None, recording: Recording | None = None,
+        description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
@@ -48,11 +52,16 @@ class PruningTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.pruner = pruner
         self.teacher = teacher
+        self.task_loss = task_loss
         self.recorder: Recorder | None = None
         if teacher is not None and self.compute_loss_func is not None:
             raise InputError(
                 "compute_loss_func: it is normalised over all accumulated batches and the teacher's loss over one, so they "
                 "cannot be added; train without a teacher, or give the model the loss"
+            )
+        if task_loss is not None and (self.compute_loss_func is not None or self.label_smoother is not None):
+            raise InputError(
+                "training.label_smoothing_factor: it replaces the loss, as task.class_weights and task.focal_gamma do; use one"
             )
         if teacher is not None and teacher.projection is not None:
             # Before the pruner's callback: that a checkpoint is complete is told by the pruner's file.
@@ -71,12 +80,17 @@ class PruningTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        if self.teacher is None or not model.training:
+        teacher = self.teacher if model.training else None
+        if teacher is None and self.task_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own = {key: value for key, value in inputs.items() if key != TEACHER_LOGITS}
-        own["output_hidden_states"] = self.teacher.settings.compares_layers  # type: ignore[assignment]
-        task, outputs = super().compute_loss(model, own, True, num_items_in_batch)
-        loss = self.teacher.loss({**outputs, "loss": task}, inputs)
+        if teacher is not None:
+            own["output_hidden_states"] = teacher.settings.compares_layers  # type: ignore[assignment]
+        loss, outputs = super().compute_loss(model, own, True, num_items_in_batch)
+        if self.task_loss is not None:
+            loss = self.task_loss(outputs["logits"], inputs["labels"])
+        if teacher is not None:
+            loss = teacher.loss({**outputs, "loss": loss}, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def go_on(self) -> None:

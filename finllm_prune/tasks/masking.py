@@ -1,0 +1,93 @@
+"""Words that a model is not to learn: names of companies, tickers, figures."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from finllm_prune.errors import InputError
+
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Names are replaced by one word, so that a model cannot learn what became of whom.
+
+    A name counts as written and in capitals, at whole words only ("Apple" in "Apple's" and in "APPLE", not in "apple" or
+    "Applebee"); of two names at one place the longer one goes. All names go from all texts. Names that are known
+    neither from the column nor from the list stay, and texts in use are to be masked in the same way.
+
+    Args:
+        column: holds the name of each row's company.
+        names: a file with a name or ticker a line.
+        word: what stands in their place.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    column: str | None = None
+    names: str | None = None
+    word: str = "COMPANY"
+
+    def __post_init__(self) -> None:
+        if self.column is None and self.names is None:
+            raise InputError("task.mask: name a column of names, or a file with a name a line as names")
+        if not self.word.strip():
+            raise InputError("task.mask.word: a name is replaced by a word, not by nothing")
+
+    def listed(self) -> list[str]:
+        """The names of the file."""
+        if self.names is None:
+            return []
+        try:
+            names = [line.strip() for line in Path(self.names).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"task.mask.names: {self.names} is no readable UTF-8 file with a name a line") from error
+        if not names:
+            raise InputError(f"task.mask.names: {self.names} holds no name; write one a line")
+        return names
+
+
+class Masker:
+    """Replaces names; the time does not depend on how many there are.
+
+    Args:
+        names: whole names; empty ones are passed over.
+        word: what stands in their place.
+    """
+
+    def __init__(self, names: Iterable[str], word: str):
+        self.word = word
+        self.by_first: dict[str, list[str]] = {}
+        spellings = {spelling for name in names if name.strip() for spelling in (name.strip(), name.strip().upper())}
+        for name in sorted(spellings, key=lambda name: (-len(name), name)):
+            first = _TOKEN.match(name)
+            assert first is not None
+            self.by_first.setdefault(first[0], []).append(name)
+
+    def __call__(self, text: str) -> str:
+        """The text without the names."""
+        parts, end = [], 0
+        for token in _TOKEN.finditer(text):
+            if token.start() < end:
+                continue
+            found = next((name for name in self.by_first.get(token[0], ()) if _stands(name, text, token.start())), None)
+            if found is not None:
+                parts += [text[end : token.start()], self.word]
+                end = token.start() + len(found)
+        return "".join([*parts, text[end:]])
+
+
+def normalise_numbers(text: str) -> str:
+    """Each number as 0: ``12.5 %`` and ``1,250`` become ``0 %`` and ``0``."""
+    return _NUMBER.sub("0", text)
+
+
+def _stands(name: str, text: str, start: int) -> bool:
+    """Whether a whole name stands there: its last word does not go on."""
+    end = start + len(name)
+    goes_on = end < len(text) and re.match(r"\w", text[end]) and re.match(r"\w", name[-1])
+    return text.startswith(name, start) and not goes_on

@@ -1,0 +1,157 @@
+"""Rows as they lie in their files: on which line each begins, and which ones are bad."""
+
+import csv
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, TextIO
+
+import pandas as pd
+
+from finllm_prune.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Choice = Literal["refuse", "skip"]
+_NAMED = 5  # skipped rows that a warning names
+_REMEDY = "mend it, or leave such rows out by task.bad_rows: skip"
+
+
+class Fault(NamedTuple):
+    """A bad row: its number in its split, from 0; what is wrong in two words and in a predicate."""
+
+    split: str
+    row: int
+    kind: str
+    predicate: str
+
+
+class BadRows:
+    """The rows that cannot be learned from, refused or left out by the user's choice, never silently.
+
+    Args:
+        files: split -> the file that it was read from, where there is one.
+        sizes: split -> the rows that were read.
+        unreadable: split -> the lines that were left out because they are no text or no JSON.
+    """
+
+    def __init__(self, files: dict[str, Path], sizes: dict[str, int], unreadable: dict[str, list[int]]):
+        self.files = files
+        self.sizes = sizes
+        self.unreadable = unreadable
+        self.found: dict[tuple[str, int], Fault] = {}
+
+    def add(self, split: str, row: int, kind: str, predicate: str) -> None:
+        """A row is bad once, however much is wrong with it."""
+        self.found.setdefault((split, row), Fault(split, row, kind, predicate))
+
+    def settle(self, choice: Choice) -> dict[str, dict[str, int]]:
+        """Split -> what is wrong -> how many rows are left out.
+
+        Raises:
+            InputError: rows are to be refused, and one is bad; it names the first and the count.
+        """
+        faults = sorted(self.found.values(), key=lambda fault: (list(self.files).index(fault.split), fault.row))
+        if faults and choice == "refuse":
+            count = f" (the first of {len(faults)} bad rows)" if len(faults) > 1 else ""
+            raise InputError(f"{self.places(faults[:1])[0]} {faults[0].predicate}{count}; {_REMEDY}")
+        counts = {split: Counter(fault.kind for fault in faults if fault.split == split) for split in self.files}
+        for split, lines in self.unreadable.items():
+            counts[split]["unreadable"] += len(lines)
+        if total := sum(counter.total() for counter in counts.values()):
+            bad = [(self.files[split], line) for split, lines in self.unreadable.items() for line in lines]
+            named = [f"{path}, line {line}, is unreadable" for path, line in bad[:_NAMED]]
+            first = faults[: _NAMED - len(named)]
+            named += [f"{place} {fault.predicate}" for place, fault in zip(self.places(first), first, strict=True)]
+            rest = f"; and {total - len(named)} more" if total > len(named) else ""
+            logger.warning("task.bad_rows: %d rows are left out: %s%s.", total, "; ".join(named), rest)
+        return {split: dict(counter) for split, counter in counts.items() if counter}
+
+    def without(self, split: str, frame: pd.DataFrame) -> pd.DataFrame:
+        """The good rows of a split."""
+        return frame.drop(index=[fault.row for fault in self.found.values() if fault.split == split])
+
+    def places(self, faults: list[Fault]) -> list[str]:
+        """Where rows lie: file and line; or split and row, where lines and rows do not go together."""
+        named = []
+        for fault in faults:
+            path = self.files[fault.split]
+            lines = first_lines(path, set(self.unreadable.get(fault.split, [])))
+            line = lines[fault.row] if len(lines) == self.sizes[fault.split] else None
+            named.append(f"{path}, split {fault.split}, row {fault.row}," if line is None else f"{path}, line {line},")
+        return named
+
+
+def first_lines(path: Path, without: set[int]) -> list[int]:
+    """The line on which each row of a jsonl or csv file begins; of other files none is known."""
+    if path.suffix not in (".jsonl", ".csv") or not path.is_file():
+        return []
+    records = _csv_records(path) if path.suffix == ".csv" else _json_records(path)
+    return [line for line, _ in records if line not in without]
+
+
+def not_utf8(path: Path) -> list[int]:
+    """The lines with bytes that are not UTF-8, from 1."""
+    bad = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                bad.append(number)
+    return bad
+
+
+def copy_readable(path: Path, copy: Path) -> list[int]:
+    """Write the rows that are UTF-8, and JSON if they should be, to ``copy``; returns the lines of the others."""
+    with copy.open("w", encoding="utf-8", newline="") as out:
+        return _copy_csv(path, out) if path.suffix == ".csv" else _copy_json(path, out)
+
+
+def _copy_json(path: Path, out: TextIO) -> list[int]:
+    bad = []
+    for line, record in _json_records(path):
+        try:
+            text = record.decode()
+            is_row = isinstance(json.loads(text), dict)
+        except ValueError:
+            is_row = False
+        if is_row:
+            out.write(text.rstrip("\r\n") + "\n")
+        else:
+            bad.append(line)
+    return bad
+
+
+def _copy_csv(path: Path, out: TextIO) -> list[int]:
+    bad, writer = [], csv.writer(out)
+    for line, fields in _csv_records(path, header=True):
+        try:
+            "".join(fields).encode()
+        except UnicodeEncodeError:  # bytes that are not UTF-8
+            bad.append(line)
+        else:
+            writer.writerow(fields)
+    return bad
+
+
+def _json_records(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
+
+
+def _csv_records(path: Path, header: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """A quoted field may hold line breaks, so that a row begins where the one before it ended."""
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        reader, begin = csv.reader(file), 1
+        for fields in reader:
+            if fields and header:
+                yield begin, fields
+            header = header or bool(fields)
+            begin = reader.line_num + 1

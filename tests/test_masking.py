@@ -1,0 +1,72 @@
+"""Masks: whole names go, and nothing else."""
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finllm_prune.errors import InputError
+from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
+from finllm_prune.tasks.sentiment import Sentiment
+from tests import small
+
+names = st.lists(st.text(st.sampled_from("abB .&-"), min_size=1, max_size=5), max_size=5)
+texts = st.text(st.sampled_from("abAB .&-,"), max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(names=names, text=texts)
+def test_no_whole_name_is_left_and_the_rest_stays(names: list[str], text: str) -> None:
+    masked = Masker(names, "\u2588")(text)
+    spellings = {form for name in names if name.strip() for form in (name.strip(), name.strip().upper())}
+    for name in spellings:
+        begins, ends = (r"(?<!\w)" if name[0].isalnum() else "", r"(?!\w)" if name[-1].isalnum() else "")
+        assert re.search(begins + re.escape(name) + ends, masked) is None
+    # What lies between the masks stands in the text, in this order, and only whole names lie between that.
+    pieces = [re.escape(piece) for piece in masked.split("\u2588")]
+    one = "(?:" + "|".join(re.escape(name) for name in sorted(spellings)) + ")"
+    assert re.fullmatch(one.join(pieces), text)
+
+
+def test_names_go_as_written_and_in_capitals() -> None:
+    mask = Masker(["Apple", "Apple Inc.", "MMM", "AT&T"], "COMPANY")
+    assert mask("Apple Inc. and APPLE's rival AT&T rose; apple pie, Applebee and mmm did not.") == (
+        "COMPANY and COMPANY's rival COMPANY rose; apple pie, Applebee and mmm did not."
+    )
+    assert mask("$MMM: (MMM)") == "$COMPANY: (COMPANY)"
+
+
+def test_numbers_become_zeros() -> None:
+    assert normalise_numbers("Up 12.5 % to EUR1,250,000 in Q3 2024.") == "Up 0 % to EUR0 in Q0 0."
+
+
+def test_names_of_a_column_and_of_a_file_go_from_all_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    for split in small.SPLITS:
+        content = [{**row, "text": f"Acme and NVX: {row['text']} 7", "company": "Acme"} for row in small.rows(split)]
+        content[0] |= {"text": "Bolt rose, 12 beats Acme.", "company": None}
+        small.write_jsonl(folder / f"{split}.jsonl", content)
+    listed = tmp_path / "names.txt"
+    listed.write_text("NVX\n\nBolt\n")
+    mask = Mask(column="company", names=str(listed), word="firm")
+    examples = Sentiment(dataset=str(folder), mask=mask, normalise_numbers=True).load()
+    first, second = examples.splits["test"]["text"][:2]
+    assert first == "firm rose, 0 beats firm."
+    assert second == f"firm and firm: {small.rows('test')[1]['text']} 0"
+    assert examples.facts["masked"] == {"train": 24, "validation": 3, "test": 9}
+    with pytest.raises(InputError, match=r"no column 'firm' \(task\.mask\.column\)"):
+        Sentiment(dataset=str(folder), mask=Mask(column="firm")).load()
+
+
+def test_a_mask_without_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^task\.mask: name a column of names, or a file"):
+        Mask()
+    with pytest.raises(InputError, match=r"^task\.mask\.names: .* is no readable UTF-8 file"):
+        Mask(names=str(tmp_path / "absent.txt")).listed()
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(InputError, match=r"^task\.mask\.names: .* holds no name"):
+        Mask(names=str(tmp_path / "empty.txt")).listed()

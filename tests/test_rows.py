@@ -1,0 +1,123 @@
+"""Bad rows: named by file and line, counted, refused or left out by choice."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finllm_prune.errors import InputError
+from finllm_prune.tasks.rows import first_lines
+from finllm_prune.tasks.sentiment import Sentiment
+from tests import small
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+cells = st.text(st.sampled_from('ab ,"\n\r;é'), max_size=8)
+
+
+@given(rows=st.lists(st.tuples(cells, st.sampled_from(["x", "y"]), st.integers(0, 2)), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_the_line_of_a_csv_row_is_where_its_text_begins(tmp_path_factory: Any, rows: list[Any]) -> None:
+    path = tmp_path_factory.mktemp("csv") / "train.csv"
+    expected, content = [], "text,label\n"
+    for text, label, blank in rows:
+        content += "\n" * blank
+        expected.append(len(content.encode().replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")))
+        content += '"' + text.replace('"', '""') + f'",{label}\n'
+    path.write_bytes(content.encode())
+    assert first_lines(path, set()) == expected
+
+
+def test_the_line_of_a_json_row_counts_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "a"}\n\n  \n{"text": "b"}\n{"text": "c"}')
+    assert first_lines(path, set()) == [1, 4, 5]
+    assert first_lines(path, {4}) == [1, 5]
+    assert first_lines(tmp_path / "absent.jsonl", set()) == first_lines(tmp_path / "a.parquet", set()) == []
+
+
+def dirty(folder: Path) -> str:
+    """Unreadable lines 2 and 5 of train, no text on 4, a label on 8, an id on 9; and a null on line 1 of test."""
+    good = [json.dumps(row | {"id": i}) for i, row in enumerate(small.rows("train"))]
+    lines: list[bytes] = [line.encode() for line in good[:8]]
+    lines[1] = b'{"text": "caf\xe9", "label": "neutral", "id": 1}'
+    lines[3] = b'{"text": " ", "label": "neutral", "id": 3}'
+    lines[4] = b'{"text": "cut'
+    lines[7] = b'{"text": "So so.", "label": "mixed", "id": 7}'
+    lines.append(json.dumps({"text": "Again.", "label": "neutral", "id": 0}).encode())
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    small.write_jsonl(
+        folder / "validation.jsonl", [row | {"id": 50 + i} for i, row in enumerate(small.rows("validation"))]
+    )
+    content = [row | {"id": 60 + i} for i, row in enumerate(small.rows("test"))]
+    small.write_jsonl(folder / "test.jsonl", [{"text": None, "label": "neutral", "id": 90}, *content])
+    return str(folder)
+
+
+def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = Sentiment(dataset=dirty(tmp_path / "data"), id_column="id", bad_rows="skip", labels=list(small.SENTENCES))
+    with caplog.at_level(logging.WARNING):
+        examples = task.load()
+    train = small.rows("train")
+    assert list(examples.splits["train"]["text"]) == [train[i]["text"] for i in (0, 2, 5, 6)]
+    assert examples.facts["bad_rows"] == {
+        "train": {"no text": 1, "unknown label": 1, "duplicate id": 1, "unreadable": 2},
+        "test": {"no text": 1},
+    }
+    (record,) = [record for record in caplog.records if "bad_rows" in record.message]
+    assert record.message.startswith("task.bad_rows: 6 rows are left out: ")
+    for line, what in (
+        (2, "is unreadable"),
+        (5, "is unreadable"),
+        (4, "has no text"),
+        (8, "has the unknown label 'mixed'"),
+    ):
+        assert f"train.jsonl, line {line}, {what}" in record.message
+    assert "line 9, has the id 0 in column 'id' a second time; and 1 more." in record.message
+
+
+def test_bad_rows_are_refused_by_default_with_the_first_and_the_count(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    dirty(folder)
+    with pytest.raises(InputError, match=r"train\.jsonl, line 2, holds bytes that are not UTF-8; save it as UTF-8, or"):
+        Sentiment(dataset=str(folder)).load()
+    small.write_jsonl(folder / "train.jsonl", [*small.rows("train"), {"text": "", "label": "neutral"}])
+    with pytest.raises(InputError, match=r"train\.jsonl, line 25, has no text .* \(the first of 2 bad rows\); mend it"):
+        Sentiment(dataset=str(folder)).load()
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+def test_bytes_that_are_not_utf8_in_a_csv(tmp_path: Path, bad_rows: Any) -> None:
+    folder = small.write_folder(tmp_path / "data")
+    (folder / "train.jsonl").unlink()
+    with (folder / "train.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerow(['Two\nlines, "quoted".', "neutral"])
+        writer.writerow(["A\n caf\u00e9.", "neutral"])
+        writer.writerow(["", "neutral"])
+        writer.writerow(["Profit rose.", "positive"])
+        writer.writerow(["Profit fell.", "negative"])
+    content = (folder / "train.csv").read_bytes()
+    (folder / "train.csv").write_bytes(content.replace("é".encode(), b"\xe9\n\xe9"))
+    task = Sentiment(dataset=str(folder), bad_rows=bad_rows)
+    if bad_rows == "refuse":
+        with pytest.raises(
+            InputError, match=r"train\.csv, line 5, holds bytes that are not UTF-8 \(the first of 2 such lines\)"
+        ):
+            task.load()
+        return
+    examples = task.load()
+    assert list(examples.splits["train"]["text"]) == ['Two\nlines, "quoted".', "Profit rose.", "Profit fell."]
+    assert examples.facts["bad_rows"] == {"train": {"no text": 1, "unreadable": 1}}
