@@ -34,6 +34,7 @@ class Sentiment:
     auto_class: ClassVar = AutoModelForSequenceClassification
     pipeline_tag: ClassVar[str] = "text-classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc")
+    builtin: ClassVar[str] = "sentiment"
 
     dataset: str = "builtin"
     text_column: str = "text"
@@ -47,7 +48,7 @@ class Sentiment:
             raise InputError(f"task.max_length: a text needs at least 3 tokens, not {self.max_length}")
 
     def load(self) -> Examples:
-        raw, source = read_splits(self.dataset, builtin="sentiment")
+        raw, source = read_splits(self.dataset, builtin=self.builtin)
         if "train" not in raw or "test" not in raw:
             raise InputError(f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}")
         labels = self._names(raw["train"], source) if self.labels is None else self.labels

@@ -72,7 +72,9 @@ def find_task(name: str) -> type[Task]:
         task: type[Task] = importlib.import_module(f"finllm_prune.tasks.{name}").TASK
     except (ModuleNotFoundError, AttributeError):
         known = sorted(
-            path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in ("task", "texts")
+            path.stem
+            for path in Path(__file__).parent.glob("[a-z]*.py")
+            if path.stem not in ("task", "texts", "markup")
         )
         raise InputError(f"task.name: unknown task '{name}'; known: {', '.join(known)}") from None
     return task
