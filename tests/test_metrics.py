@@ -34,6 +34,12 @@ def macro_f1(predictions: Any, references: Any) -> float:
     return float(np.mean(scores))
 
 
+def micro_f1(predictions: Any, references: Any) -> float:
+    true_positives = sum(p == r for p, r in zip(predictions, references, strict=True))
+    false_ones = 2 * (len(references) - true_positives)
+    return 2 * true_positives / (2 * true_positives + false_ones)
+
+
 def mcc(predictions: Any, references: Any) -> float:
     """The correlation of the indicator vectors of both, summed over the classes; 0 where one of them is constant."""
     classes = np.union1d(predictions, references)
@@ -43,7 +49,7 @@ def mcc(predictions: Any, references: Any) -> float:
     return float(np.sum(p * r) / np.sqrt(spread)) if spread > 0 else 0.0
 
 
-FORMULAS = {"accuracy": accuracy, "macro_f1": macro_f1, "mcc": mcc}
+FORMULAS = {"accuracy": accuracy, "macro_f1": macro_f1, "micro_f1": micro_f1, "mcc": mcc}
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
 
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 MODEL_TYPES = {
     "ProsusAI/finbert": "bert",
+    "answerdotai/ModernBERT-base": "modernbert",
     "distilbert/distilroberta-base": "roberta",
     "sentence-transformers/all-MiniLM-L6-v2": "bert",
 }

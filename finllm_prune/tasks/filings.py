@@ -1,0 +1,77 @@
+"""Filings: one long document, one of 2 to 100+ classes. Not covered: several labels per document."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from finllm_prune.errors import InputError
+from finllm_prune.tasks.markup import plain_text
+from finllm_prune.tasks.sentiment import Sentiment
+from finllm_prune.tasks.task import Examples
+
+
+@dataclass(frozen=True)
+class Filings(Sentiment):
+    """Classification of documents that are longer than the model reads.
+
+    Args:
+        strategy: which tokens of a long document the model sees. ``head``: the first ``max_length``; ``head_tail``: the
+            first and the last, together ``max_length`` (Sun et al. 2019). For a model of long context raise ``max_length``.
+        head: the part of ``max_length`` that ``head_tail`` takes from the beginning.
+        clean: resolve HTML tags and entities and make white space single.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "micro_f1")
+    builtin: ClassVar[str] = "filings"
+
+    max_length: int = 512
+    strategy: Literal["head", "head_tail"] = "head"
+    head: float = 0.25
+    clean: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.head < 1:
+            raise InputError(f"task.head: the part taken from the beginning lies between 0 and 1, not at {self.head}")
+
+    def load(self) -> Examples:
+        examples = super().load()
+        if self.dataset == "builtin":
+            examples = dataclasses.replace(examples, source="the passages of filings that finllm-prune embeds")
+        if not self.clean:
+            return examples
+        splits = {name: _cleaned(rows, f"{examples.source}, split {name}") for name, rows in examples.splits.items()}
+        return dataclasses.replace(examples, splits=splits)
+
+    def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+        if self.strategy == "head":
+            return super().tokenize(rows, tokenizer)
+        limit = min(self.max_length, tokenizer.model_max_length)
+        whole = tokenizer(list(rows["text"]), truncation=False, verbose=False)["input_ids"]
+        ids = [_ends(document, limit, self.head) for document in whole]
+        columns = {"input_ids": ids, "attention_mask": [[1] * len(document) for document in ids]}
+        return datasets.Dataset.from_dict(columns | {"labels": list(rows["label"])})
+
+
+def _ends(ids: list[int], limit: int, head: float) -> list[int]:
+    """The first and the last tokens; the special tokens at both ends stay where the model looks for them."""
+    if len(ids) <= limit:
+        return ids
+    first = min(max(1, round(head * limit)), limit - 1)
+    return ids[:first] + ids[first - limit :]
+
+
+def _cleaned(rows: datasets.Dataset, where: str) -> datasets.Dataset:
+    texts = [plain_text(text) for text in rows["text"]]
+    for raw, text in zip(rows["text"], texts, strict=True):
+        if not text:
+            raise InputError(
+                f"{where}: the text that begins with {raw[:40]!r} holds markup only; remove it, or set task.clean to false"
+            )
+    return datasets.Dataset.from_dict({"text": texts, "label": list(rows["label"])})
+
+
+TASK = Filings

@@ -1,0 +1,44 @@
+"""The text of a filing: EDGAR's HTML without its tags, entities and layout."""
+
+from html.parser import HTMLParser
+
+_INLINE = ("a", "b", "em", "font", "i", "small", "span", "strong", "sub", "sup", "u")
+_UNSEEN = ("head", "script", "style", "ix:header")
+
+
+def plain_text(text: str) -> str:
+    """What a reader sees, in one line: tags and entities resolved, scripts and hidden headers left out, white space single.
+
+    Text without markup loses nothing but its white space; a table becomes its cells in reading order.
+    """
+    reader = _Reader(convert_charrefs=True)
+    reader.feed(text)
+    reader.close()
+    return " ".join("".join(reader.seen).split())
+
+
+class _Reader(HTMLParser):
+    def __init__(self, convert_charrefs: bool):
+        super().__init__(convert_charrefs=convert_charrefs)
+        self.seen: list[str] = []
+        self.unseen = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.unseen += tag in _UNSEEN
+        self._part(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._part(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.unseen = max(0, self.unseen - (tag in _UNSEEN))
+        self._part(tag)
+
+    def handle_data(self, data: str) -> None:
+        if not self.unseen:
+            self.seen.append(data)
+
+    def _part(self, tag: str) -> None:
+        """A paragraph or a cell ends a word, a change of the font within it does not; iXBRL tags wrap single figures."""
+        if tag not in _INLINE and not tag.startswith("ix:"):
+            self.seen.append(" ")
