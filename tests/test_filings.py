@@ -133,7 +133,7 @@ def test_clean_is_a_choice_and_reaches_every_split(tmp_path: Path) -> None:
 
 def test_a_document_of_markup_alone_is_refused(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "data", "<div><br/></div>")
-    with pytest.raises(InputError, match=r"split test: the text that begins with '<div><br/></div>' holds markup only"):
+    with pytest.raises(InputError, match=r"test\.jsonl, line \d+, has no text in column 'text'"):
         Filings(dataset=folder, clean=True).load()
 
 

@@ -8,13 +8,13 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
+from finllm_prune.tasks.classification import Classification
 from finllm_prune.tasks.markup import plain_text
-from finllm_prune.tasks.sentiment import Sentiment
 from finllm_prune.tasks.task import Examples
 
 
 @dataclass(frozen=True)
-class Filings(Sentiment):
+class Filings(Classification):
     """Classification of documents that are longer than the model reads.
 
     Args:
@@ -36,15 +36,17 @@ class Filings(Sentiment):
         super().__post_init__()
         if not 0 < self.head < 1:
             raise InputError(f"task.head: the part taken from the beginning lies between 0 and 1, not at {self.head}")
+        if self.pair_column is not None:
+            raise InputError("task.pair_column: a filing is one text; remove the key, or use the task sentiment")
 
     def load(self) -> Examples:
         examples = super().load()
         if self.dataset == "builtin":
             examples = dataclasses.replace(examples, source="the passages of filings that finllm-prune embeds")
-        if not self.clean:
-            return examples
-        splits = {name: _cleaned(rows, f"{examples.source}, split {name}") for name, rows in examples.splits.items()}
-        return dataclasses.replace(examples, splits=splits)
+        return examples
+
+    def read_text(self, text: str) -> str:
+        return plain_text(text) if self.clean else text
 
     def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         if self.strategy == "head":
@@ -62,16 +64,6 @@ def _ends(ids: list[int], limit: int, head: float) -> list[int]:
         return ids
     first = min(max(1, round(head * limit)), limit - 1)
     return ids[:first] + ids[first - limit :]
-
-
-def _cleaned(rows: datasets.Dataset, where: str) -> datasets.Dataset:
-    texts = [plain_text(text) for text in rows["text"]]
-    for raw, text in zip(rows["text"], texts, strict=True):
-        if not text:
-            raise InputError(
-                f"{where}: the text that begins with {raw[:40]!r} holds markup only; remove it, or set task.clean to false"
-            )
-    return datasets.Dataset.from_dict({"text": texts, "label": list(rows["label"])})
 
 
 TASK = Filings
