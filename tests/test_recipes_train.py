@@ -68,7 +68,8 @@ def test_a_recipe_trains_to_a_complete_output(
     for rule in recipe.pruning.rules if recipe.pruning.target is None else []:
         layers = [
             layer for layer in figures["layers"]
-            if rule.target == "encoder" or (".attention." in layer["layer"]) == (rule.target == "attention")
+            if rule.target == "encoder" or (".attention." in layer["layer"] or ".attn." in layer["layer"])
+            == (rule.target == "attention")
         ]  # fmt: skip
         sizes = [math.prod(layer["shape"]) for layer in layers]
         kept = sum(layer["density"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
