@@ -34,7 +34,7 @@ from finllm_prune.pruning import (
 )
 from finllm_prune.training import Distillation, PruningTrainer, Teacher
 from finllm_prune.training.trainer import STATE_FILE, complete_checkpoint
-from tests.conftest import tiny_model
+from tests.conftest import logits, tiny_model
 
 RULES = {
     "neuron": [Rule("mlp", 0.5, structure=Neuron())],
@@ -180,10 +180,13 @@ def test_pruned_weights_are_zero_after_every_step_and_the_log_says_how_many(tmp_
 
 def test_bf16_autocast_trains_and_prunes_with_fp32_weights(tmp_path: Path) -> None:
     run = trainer(tmp_path, RULES["neuron"], bf16=True)
-    run.train()
+    run.go_on()
     assert run.pruner is not None
     assert run.pruner.sparsity() == 0.5
     assert run.model.dtype == torch.float32
+    run.model.save_pretrained(tmp_path / "saved")
+    reloaded = type(run.model).from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(reloaded), logits(run.model)), "what was trained is no longer under autocast"
     assert all(value.isfinite().all() for value in weights(run.model).values())
 
 

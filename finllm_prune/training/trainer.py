@@ -98,6 +98,11 @@ class PruningTrainer(Trainer):
         checkpoint = self.args.resume_from_checkpoint
         if checkpoint is None or not self.finished(Path(checkpoint)):
             self.train(resume_from_checkpoint=checkpoint)
+            for name in (
+                "forward",
+                "_original_forward",
+            ):  # accelerate's autocast: what is evaluated next runs in the weights' dtype
+                vars(self.model).pop(name, None)
             return
         # The Trainer itself would go on for a step where the end is not the end of an epoch.
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
