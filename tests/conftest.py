@@ -7,6 +7,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 import finllm_prune
+from finllm_prune.cli import main
 
 DATA = Path(finllm_prune.__file__).parent / "data" / "sentiment"
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
 FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "deberta-v2", "modernbert", *DECODERS]
 LABELS = ["negative", "neutral", "positive"]
+Call = Callable[..., int]
 
 torch.set_num_threads(1)
 settings.register_profile("finllm_prune", deadline=None, max_examples=50)  # a busy machine is no bug
@@ -76,6 +80,19 @@ def logits(model: PreTrainedModel) -> Tensor:
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0
     return model.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs ``finllm-prune ARGUMENTS`` in this process and returns its exit code."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["finllm-prune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,12 @@ import finllm_prune
 from finllm_prune.cli import main
 from finllm_prune.training.trainer import STATE_FILE
 from tests import small
-from tests.conftest import LABELS, tiny_model
-
-Call = Callable[..., int]
+from tests.conftest import LABELS, Call, tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     small.few_resamples(monkeypatch)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs ``finllm-prune ARGUMENTS`` in this process and returns its exit code."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["finllm-prune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(left.value.code or 0)
-
-    return run
 
 
 @pytest.fixture(scope="module")

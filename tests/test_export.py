@@ -1,8 +1,6 @@
 """``export`` and ``delta`` of a saved model: what they write, what they refuse, and what stays when they fail."""
 
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,14 +9,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from finllm_prune.checkpoints import FORMATS, GRAPH, delta, find_format, verify
 from finllm_prune.checkpoints.manifest import MANIFEST
-from finllm_prune.cli import main
 from finllm_prune.errors import InputError
 from finllm_prune.export import export, export_delta
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Magnitude, Neuron, Pruner, Rule
-from tests.conftest import tiny_model
-
-Call = Callable[..., int]
+from tests.conftest import Call, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +32,6 @@ def run_output(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
         (card / "plots" / "sparsity.png").write_bytes(b"a plot")
     (folder / "report.json").write_text("{}")
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs ``finllm-prune ARGUMENTS`` in this process and returns its exit code."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["finllm-prune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(left.value.code or 0)
-
-    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:

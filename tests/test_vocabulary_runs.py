@@ -1,7 +1,6 @@
 """A trimmed vocabulary in a run and for a finished model: what is written, told, resumed and refused."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from finllm_prune.checkpoints import verify
-from finllm_prune.cli import main
 from finllm_prune.errors import InputError
 from finllm_prune.prepare import prepare
 from finllm_prune.recipe import Recipe, parse
 from finllm_prune.run import run
 from finllm_prune.tasks import read_texts
 from tests import small
-
-Call = Callable[..., int]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs ``finllm-prune ARGUMENTS`` in this process and returns its exit code."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["finllm-prune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(left.value.code or 0)
-
-    return run
+from tests.conftest import Call
 
 
 @pytest.fixture
