@@ -1,8 +1,6 @@
-"""Each criterion and structure on each family: cut, saved, reloaded with plain transformers, or refused by name."""
+"""Structures on each family: what a cut takes along, what it leaves, what is refused by name."""
 
-import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,56 +11,9 @@ from finllm_prune.checkpoints import find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import removed
 from finllm_prune.families import Architecture, find_architecture, find_family
-from finllm_prune.pruning import CRITERIA, STRUCTURES, Constant, Head, Layer, Neuron, Pruner, Random, Rule
+from finllm_prune.pruning import STRUCTURES, Constant, Head, Layer, Neuron, Pruner, Random, Rule
 from tests.conftest import DECODERS, FAMILIES, logits, loud, tiny_model
-from tests.pruning.runs import fits, make_batches, make_optimizer, make_pruner, make_rule, train
-
-
-def combinations() -> list[Any]:
-    """Criterion x structure x family. Each two of them meet in the fast tests; what is left is in the slow ones."""
-    product = itertools.product(enumerate(CRITERIA), enumerate(STRUCTURES), enumerate(FAMILIES))
-    return [
-        pytest.param(criterion, structure, family, marks=[] if (i + k) % len(STRUCTURES) == j else [pytest.mark.slow])
-        for (i, criterion), (j, structure), (k, family) in product
-    ]
-
-
-def refusal(criterion: str, structure: str, family: str) -> str | None:
-    """The sentence for a combination that cannot be."""
-    if (family, structure) == ("albert", "layer"):
-        return "the blocks of albert share one set of weights, so structure layer cannot cut one of them"
-    if not fits(criterion, structure):
-        return "criterion second_order: it weighs single weights; use structure unstructured or n:m with it"
-    return None
-
-
-@pytest.mark.parametrize(("criterion", "structure", "family"), combinations())
-def test_every_criterion_cuts_every_structure_of_every_family_or_is_refused_by_name(
-    tmp_path: Path, criterion: str, structure: str, family: str
-) -> None:
-    model, rule = loud(tiny_model(family)), make_rule(structure, criterion)
-    if (sentence := refusal(criterion, structure, family)) is not None:
-        with pytest.raises(InputError, match=sentence):
-            make_pruner(model, rule)
-        return
-    pruner = make_pruner(model, rule)
-    train(model, pruner, make_optimizer(model), make_batches(3))
-    pruner.finish()
-    assert pruner.sparsity() == 0.5
-    model.save_pretrained(tmp_path)
-    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert torch.equal(logits(reloaded), logits(model))
-    cut = {
-        slot.name: group.rule.structure.expand(~group.mask, slot.weight, slot.site)
-        for group in pruner.groups
-        for slot in group.slots
-    }
-    for name, parameter in reloaded.named_parameters():
-        if name in cut:
-            # No other weight was a zero, so that one elsewhere would be a wrong cut.
-            assert torch.equal(parameter == 0, cut[name].reshape(parameter.shape)), name
-    matrices = {name.removesuffix(".weight") for name in cut if name.endswith("weight")}
-    assert matrices <= find_family(family).linears(model).keys()
+from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
 
 
 @pytest.mark.parametrize(("structure", "target"), [(Head(), "attention"), (Neuron(), "mlp")])

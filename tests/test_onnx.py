@@ -166,7 +166,7 @@ class FullDisk:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 def test_an_export_that_fails_midway_leaves_nothing(tmp_path: Path, model: PreTrainedModel, name: str) -> None:
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         find_format(name)(model, FullDisk(), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
