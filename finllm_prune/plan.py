@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from finllm_prune.checkpoints.packed import pack_all
 from finllm_prune.evaluation import Target, cpu_threads, flops, measured_table, parameter_bytes
@@ -228,6 +235,7 @@ def _few_steps(
             processing_class=ready.tokenizer, callbacks=[watch], **parts,
         )  # fmt: skip
         per_epoch = max(1, len(trainer.get_train_dataloader()) // whole.gradient_accumulation_steps)
+        trainer.remove_callback(PrinterCallback)  # a plan is one table
         with watch.activations():
             trainer.train()
     steps = whole.max_steps if whole.max_steps > 0 else int(np.ceil(whole.num_train_epochs * per_epoch))
