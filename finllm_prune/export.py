@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -13,7 +12,7 @@ from finllm_prune.checkpoints import delta, exported_in, find_format, verify
 from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.hub.base_model import locate
-from finllm_prune.prepare import load_tokenizer
+from finllm_prune.prepare import load_tokenizer, without_load_report
 from finllm_prune.staging import recover, staged
 
 _WEIGHTS = (".safetensors", ".onnx", ".data")
@@ -93,14 +92,11 @@ def _load(location: str | Path, *, whole: bool = True) -> PreTrainedModel:
     """A classifier whose weights are all there, proved again where it can be; a base may lack the head (not ``whole``)."""
     if (Path(location) / MANIFEST).is_file():
         verify(Path(location))
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     try:
-        model, told = AutoModelForSequenceClassification.from_pretrained(location, output_loading_info=True)
+        with without_load_report():
+            model, told = AutoModelForSequenceClassification.from_pretrained(location, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{location}: its weights cannot be loaded: {one_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     head = set() if whole else delta.head_names(model)
     if missing := sorted(told["missing_keys"] - head):
         raise InputError(

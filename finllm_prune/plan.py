@@ -27,7 +27,7 @@ from finllm_prune.families import Architecture, Family, find_architecture, narro
 from finllm_prune.prepare import Prepared, load_model, read, training_arguments
 from finllm_prune.pruning import Group, Pruner, equal_widths
 from finllm_prune.recipe import Recipe
-from finllm_prune.training import PruningTrainer, Teacher, uniform_layers
+from finllm_prune.training import PruningTrainer, Teacher
 
 _STEPS = 4
 
@@ -205,9 +205,7 @@ def _training(
         model = copy.deepcopy(ready.model)
         if ready.teacher is not None:
             model = load_model(recipe.task, ready.teacher, ready.examples.labels)
-        kept = recipe.model.keep_layers or list(range(depth))
-        layers = uniform_layers(kept, depth, find_architecture(model.config.model_type).depth_of(model.config))
-        teacher = Teacher(model, recipe.distillation, layers, getattr(student.config, "hidden_size", None))
+        teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     pruner = Pruner(groups, recipe.pruning.schedule, costs=ready.costs)
     # Scores, and the values of cut weights, which are parked; both are gone when the masks freeze.
     carried = _bytes(pruner.state_dict().values()) + _bytes(slot.parameter for group in groups for slot in group.slots)

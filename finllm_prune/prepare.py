@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,18 +251,26 @@ def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
 
 def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
     """A model with a head for these labels; the report on its fresh head is not a warning here."""
+    try:
+        with without_load_report():
+            model: PreTrainedModel = task.auto_class.from_pretrained(
+                location, num_labels=len(labels), id2label=dict(enumerate(labels)),
+                label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True, dtype=torch.float32,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
+    return model
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """transformers lists missing and unexpected weights at length; whoever loads here knows them or looks at them itself."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model: PreTrainedModel = task.auto_class.from_pretrained(
-            location, num_labels=len(labels), id2label=dict(enumerate(labels)),
-            label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True, dtype=torch.float32,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
+        yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return model
 
 
 def load_config(location: str, key: str = "model") -> PreTrainedConfig:

@@ -30,7 +30,6 @@ from finllm_prune.training import (
     measure_sensitivity,
     prune_once,
     sample_batches,
-    uniform_layers,
     with_teacher_logits,
 )
 from finllm_prune.training.trainer import complete_checkpoint
@@ -151,9 +150,7 @@ def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Tea
     if recipe.distillation is None:
         return None, rows
     model = load_model(recipe.task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
-    kept = recipe.model.keep_layers or list(range(depth))
-    layers = uniform_layers(kept, depth, find_architecture(model.config.model_type).depth_of(model.config))
-    teacher = Teacher(model, recipe.distillation, layers, getattr(student.config, "hidden_size", None))
+    teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     if recipe.distillation.cache:
         teacher.to(ready.arguments.device)
         rows = with_teacher_logits(model, rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
-from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence
+from finllm_prune.families import find_architecture
+from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence, uniform_layers
 from finllm_prune.training.projection import Projection
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
@@ -89,6 +90,15 @@ class Teacher:
         own = model.config.hidden_size
         widths_differ = settings.hidden > 0 and width not in (None, own)
         self.projection = Projection(width, own) if widths_differ and width is not None else None
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, settings: Distillation, student: PreTrainedModel, kept: Sequence[int] | None, depth: int
+    ) -> "Teacher":  # fmt: skip
+        """The teacher of a student that had ``depth`` blocks and has these left (None: all), each imitating at its height."""
+        height = find_architecture(model.config.model_type).depth_of(model.config)
+        layers = uniform_layers(kept or range(depth), depth, height)
+        return cls(model, settings, layers, getattr(student.config, "hidden_size", None))
 
     def to(self, device: torch.device) -> None:
         """Move the model and the projection."""
