@@ -46,7 +46,7 @@ def ranknet(scores: Tensor, relevance: Tensor) -> Tensor:
 
 
 def listnet(scores: Tensor, relevance: Tensor) -> Tensor:
-    """Cross entropy of the softmax of the scores against the gains ``2^relevance - 1``, as parts of their sum (Cao et al. 2007).
+    """Cross entropy of the softmax of the scores against the gains ``2^relevance - 1``, as parts of 1 (Cao et al. 2007).
 
     Cao et al. allow any increasing function of the relevance; with this one a passage that is not relevant has no part, so
     that long lists do not drown the relevant ones.
