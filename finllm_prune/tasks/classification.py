@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import datasets
+import numpy as np
 import pandas as pd
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from finllm_prune.errors import InputError
+from finllm_prune.judges import ClassJudge, Judge
 from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.skew import SkewLoss, class_weights
@@ -133,6 +135,13 @@ class Classification:
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
         return DataCollatorWithPadding(tokenizer)
+
+    def head_config(self, labels: list[str]) -> dict[str, Any]:
+        numbers = {name: number for number, name in enumerate(labels)}
+        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
+
+    def judge(self, examples: Examples, split: str = "test") -> Judge:
+        return ClassJudge(np.array(examples.splits[split]["label"]), examples.labels, self.metrics)
 
     def read_text(self, text: str) -> str:
         """What of a text is there to be learned from."""
