@@ -1,7 +1,7 @@
 """Judge of an order: the passages of each query, sorted by score, against what is known to be relevant."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import ir_measures
 import numpy as np
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from scipy.stats import permutation_test
 from torch import Tensor
 
+from finllm_prune.judges.judge import Answers, Indices
+
 MEASURES = {"ndcg_at_10": nDCG @ 10, "mrr_at_10": RR @ 10, "map": AP, "recall_at_10": R @ 10}
 _EQUAL = 1e-4  # scores of a model that tells no passage from another differ by rounding alone
 
 
-class Rankings:
+class RankingJudge:
     """A query is a unit: its value is that of the order of its candidates, by ``ir_measures`` (MacAvaney et al. 2022).
 
     All queries count, with 0 where nothing relevant is among the candidates; relevant passages that are not among them count
@@ -25,9 +27,9 @@ class Rankings:
         pools: query -> candidates, in the order of the scores that ``answers`` takes; a query may have none.
     """
 
-    unit = "query"
-    metrics: Sequence[str] = tuple(MEASURES)
-    flips = ("worse", "better")
+    unit: ClassVar[str] = "query"
+    metrics: ClassVar[tuple[str, ...]] = tuple(MEASURES)
+    flips: ClassVar[tuple[str, str]] = ("worse", "better")
 
     def __init__(self, judged: Mapping[str, Mapping[str, int]], pools: Mapping[str, Sequence[str]]):
         self.judged = {query: dict(passages) for query, passages in judged.items()}
@@ -36,7 +38,7 @@ class Rankings:
     def __len__(self) -> int:
         return len(self.judged)
 
-    def answers(self, logits: Tensor) -> NDArray[Any]:
+    def answers(self, logits: Tensor) -> Answers:
         """What became of each query: the place of its ``first`` passage in the pool, the ``spread`` of its scores, its values.
 
         Args:
@@ -58,22 +60,22 @@ class Rankings:
             answers[names[found.measure]][place[found.query_id]] = found.value
         return answers
 
-    def value(self, metric: str, answers: NDArray[Any], units: NDArray[np.int64] | None = None) -> float:
+    def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
         """The mean over queries."""
         values = answers[metric]
         return float((values if units is None else values[units]).mean())
 
-    def worth(self, answers: NDArray[Any]) -> NDArray[np.float64]:
+    def worth(self, answers: Answers) -> NDArray[np.float64]:
         """nDCG@10 of each query."""
         worth: NDArray[np.float64] = answers["ndcg_at_10"].astype(np.float64)
         return worth
 
-    def same(self, one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+    def same(self, one: Answers, other: Answers) -> NDArray[np.bool_]:
         """The same passage comes first."""
         same: NDArray[np.bool_] = one["first"] == other["first"]
         return same
 
-    def paired_test(self, dense: NDArray[Any], pruned: NDArray[Any]) -> tuple[str, float]:
+    def paired_test(self, dense: Answers, pruned: Answers) -> tuple[str, float]:
         """Fisher's randomization test of the mean nDCG@10, two-sided, as Smucker et al. 2007 recommend."""
         pairs = (self.worth(dense), self.worth(pruned))
         result = permutation_test(
@@ -82,11 +84,11 @@ class Rankings:
         )  # fmt: skip
         return "randomization test on nDCG@10", float(result.pvalue)
 
-    def per_class(self, dense: NDArray[Any], pruned: NDArray[Any]) -> dict[str, dict[str, float]]:
+    def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
         """There are no classes."""
         return {}
 
-    def collapsed(self, answers: NDArray[Any]) -> bool:
+    def collapsed(self, answers: Answers) -> bool:
         """The model gives all passages of a query the same score, whatever the query."""
         several = [len(pool) > 1 for pool in self.pools.values()]
         return bool(any(several) and (answers["spread"][several] < _EQUAL).all())

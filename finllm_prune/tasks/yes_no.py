@@ -23,20 +23,11 @@ from transformers import (
 
 from finllm_prune.errors import InputError
 
-_QWEN3 = """\
-<|im_start|>system
-Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer can only be \
-"yes" or "no".<|im_end|>
-<|im_start|>user
-<Instruct>: {instruction}
-<Query>: {query}
-<Document>: {passage}<|im_end|>
-<|im_start|>assistant
-<think>
-
-</think>
-
-"""
+_QWEN3 = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n'
+    "<Query>: {query}\n<Document>: {passage}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
 
 
 @dataclass(frozen=True)
