@@ -253,7 +253,8 @@ def _options(
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for chatty in ("httpx2", "bm25s"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _refuse_no_folder(file: Path | None) -> None:
