@@ -239,6 +239,19 @@ def test_a_run_ranks_and_its_folders_are_cross_encoders(finished: Path, call, ca
     assert "nDCG@10 of BM25" in capsys.readouterr().out
 
 
+def test_the_base_model_s_own_activation_goes_along(tmp_path: Path, tiny_folder) -> None:
+    cross_encoder = pytest.importorskip("sentence_transformers").CrossEncoder
+    folder = tiny_folder(labels=ONE)
+    config = json.loads((folder / "config.json").read_text())
+    written = config | {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
+    (folder / "config.json").write_text(json.dumps(written))
+    task = Reranking()
+    task.auto_class.from_pretrained(str(folder), **task.head_config(ONE)).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    encoder = cross_encoder(str(tmp_path / "saved"), device="cpu")
+    assert isinstance(encoder.activation_fn, torch.nn.Identity)
+
+
 def test_a_plan_is_made_of_lists(tmp_path: Path, tiny_folder, call, capsys) -> None:
     written = recipe(write_set(tmp_path / "set"), tiny_folder(labels=ONE), tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(json.dumps(written))

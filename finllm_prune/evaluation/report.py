@@ -92,7 +92,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The table of a run: what, dense, pruned."""
-        out = quality_rows(self.quality) + first_stage_rows(self.run["data"])
+        out = quality_rows(self.quality) + first_stage_rows(self.run.get("data", {}))
         for name, other in self.exported.items():
             out += [(f"{what.strip()}, {name}", dense, pruned) for what, dense, pruned in quality_rows(other)]
         for name, part in self.sparsity.items():
