@@ -92,6 +92,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.settings = settings
         self.layers = list(layers)
+        self.outputs = model.config.num_labels
         own = model.config.hidden_size
         widths_differ = settings.hidden > 0 and width not in (None, own)
         self.projection = Projection(width, own) if widths_differ and width is not None else None
@@ -134,7 +135,7 @@ class Teacher:
 
     def _distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Of the logits, by ``settings.logits``."""
-        one = self.model.config.num_labels == 1
+        one = self.outputs == 1
         is_list = one and labels is not None and labels.ndim == 2
         kind = self.settings.logits
         if kind == "auto":
