@@ -19,7 +19,7 @@ from finllm_prune.tasks.reranking import Reranking
 from finllm_prune.training import Distillation, Teacher, with_teacher_logits
 from finllm_prune.training.logit_losses import margin_mse
 from tests.conftest import loud, tiny_model
-from tests.rankings import write_set
+from tests.rankings import TOPICS, write_set
 
 JUDGED = {"a": {"p1": 2, "p2": 0, "p3": 1}, "b": {"p1": 1}, "c": {"p9": 1}}
 ONE = ["relevance"]
@@ -160,6 +160,24 @@ def test_a_sample_copies_and_a_missing_validation_split(tmp_path: Path) -> None:
     assert examples.facts["queries"] == {"train": 5, "validation": 1, "test": 13}
     assert not set(examples.judged["train"]) & set(examples.judged["validation"])
     assert examples.facts["leakage"]["test in train"]["exact"] == 0
+
+
+def test_given_candidates_are_ranked_and_where_there_are_none_bm25_finds_them(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    (folder / "candidates").mkdir()
+    (folder / "candidates" / "test.tsv").write_text("q-lease2\tswap1\nq-lease2\tlease0\nq-lease2\tlease1\n")
+    (folder / "candidates" / "train.tsv").write_text("".join(f"q-{topic}0\tswap1\n" for topic in TOPICS))
+    (folder / "qrels" / "validation.tsv").unlink()
+    examples = Reranking(str(folder), candidates=2).load()
+    assert examples.splits["test"]["pair"][:] == [
+        "swap in march the swap was paid",
+        "lease the lease is tested once a year",
+    ]
+    assert examples.facts["first_stage"]["name"] == "the data's own first stage"
+    assert examples.facts["first_stage"]["test"]["queries_without_candidates"] == 11
+    assert examples.facts["first_stage"]["test"]["recall"] == pytest.approx(0.5 / 12)
+    assert {passages[1] for passages in examples.splits["train"]["passages"]} == {"swap in march the swap was paid"}
+    assert set(examples.splits["validation"]["pair"]) == {"swap in march the swap was paid"}
 
 
 def test_a_set_for_evaluation_alone_says_so_to_a_run(task: Reranking) -> None:
