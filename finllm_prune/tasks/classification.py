@@ -4,8 +4,9 @@ Not covered: several labels per text; scores as such (regression), which are lea
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,11 +20,15 @@ from transformers import (
 )
 
 from finllm_prune.errors import InputError
+from finllm_prune.tasks.batchwise import Batch, rewritten
+from finllm_prune.tasks.ends import first_tokens
 from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, leakage, without_copies
-from finllm_prune.tasks.task import BUILTIN, Examples, Loss, read_splits, split_files, take
+from finllm_prune.tasks.task import BUILTIN, Examples, Loss, check_columns, read_splits, split_files, take
+
+Tables = dict[str, datasets.Dataset]
 
 
 @dataclass(frozen=True)
@@ -96,20 +101,26 @@ class Classification:
         labels = self._names(raw, source) if self.labels is None else self.labels
         if len(set(labels)) < max(2, len(labels)):
             raise InputError(f"task.labels: at least two different class names are needed, not {labels}")
+        tables = {name: raw[name] for name in SPLITS if name in raw}
+        for name, rows in tables.items():
+            check_columns(rows, self._columns(), f"{source}, split {name}")
         # Rows are checked as they lie in their files, so that an error names the row that the user finds there.
-        frames = {name: self._columns(raw[name], f"{source}, split {name}") for name in SPLITS if name in raw}
-        bad = self._bad_rows(frames, labels, source, left_out or {})
+        bad = self._no_bad_rows(tables, source, left_out or {})
+        splits = {name: self._read(name, rows, labels, bad) for name, rows in tables.items()}
+        keys = self._keys(tables, bad)
+        self._check_ids(tables, bad)
         facts: dict[str, Any] = {"bad_rows": bad.settle(self.bad_rows)}
-        frames = {name: bad.without(name, frame) for name, frame in frames.items()}
-        if self.mask is not None:
-            facts["masked"] = self._mask(frames, self.mask)
-        if self.normalise_numbers:
-            for frame in frames.values():
-                for column in _texts(frame):
-                    frame[column] = [normalise_numbers(text) for text in frame[column]]
+        good = {name: bad.good(name) for name in splits}
+        splits = {name: _filled(rows.select(good[name]), name) for name, rows in splits.items()}
+        if self.mask is not None or self.normalise_numbers:
+            names = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
+            splits, masked = self._without_names(splits, [name for name in names if isinstance(name, str)])
+            facts |= {} if self.mask is None else {"masked": masked}
         if self.split is not None:
-            frames, facts["split"] = _divided(frames, self.split)
-        splits = self._complete({name: _rows(frame, name) for name, frame in frames.items()}, source)
+            splits, facts["split"] = _divided(
+                splits, [keys[name][row] for name in splits for row in good[name]], self.split
+            )
+        splits = self._complete(splits, source)
         if self.deduplicate:
             splits, facts["dropped_copies"] = without_copies(splits)
         facts["leakage"] = leakage(splits)
@@ -125,11 +136,16 @@ class Classification:
 
     def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         limit = min(self.max_length, tokenizer.model_max_length)
-        pairs = list(rows["pair"]) if "pair" in rows.column_names else None
-        tokens = tokenizer(list(rows["text"]), pairs, truncation=True, max_length=limit)
-        # Which of the two texts a token is of, where the model asks for it; of single texts it is always the first.
-        names = ["input_ids", "attention_mask", *(["token_type_ids"] if pairs and "token_type_ids" in tokens else [])]
-        return datasets.Dataset.from_dict({name: tokens[name] for name in names} | {"labels": list(rows["label"])})
+
+        def read(batch: Batch, _: Sequence[int]) -> Batch:
+            if "pair" not in batch:
+                return columns_of(first_tokens(batch["text"], limit, tokenizer)) | {"labels": batch["label"]}
+            tokens = tokenizer(batch["text"], batch["pair"], truncation=True, max_length=limit)
+            # Which of the two texts a token is of, where the model asks for it; of single texts it is always the first.
+            names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokens]
+            return {name: tokens[name] for name in names} | {"labels": batch["label"]}
+
+        return rewritten(rows, read)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
         return DataCollatorWithPadding(tokenizer)
@@ -138,56 +154,66 @@ class Classification:
         """What of a text is there to be learned from."""
         return text
 
-    def _columns(self, raw: datasets.Dataset, where: str) -> pd.DataFrame:
-        """The columns that the task takes, each value as it is."""
+    def _columns(self) -> dict[str, str]:
+        """The key that names a column -> the column."""
         asked = {
             "text_column": self.text_column, "label_column": self.label_column, "pair_column": self.pair_column,
             "id_column": self.id_column, "split.by": self.split.by if self.split else None,
             "mask.column": self.mask.column if self.mask else None,
         }  # fmt: skip
-        columns = take(raw, {key: column for key, column in asked.items() if column is not None}, where)
-        names = {"text_column": "text", "label_column": "label", "pair_column": "pair"}
-        frame = pd.DataFrame({names.get(key, key): pd.Series(values, dtype=object) for key, values in columns.items()})
-        for column in _texts(frame):
-            frame[column] = [self.read_text(text) if isinstance(text, str) else text for text in frame[column]]
-        return frame
+        return {key: column for key, column in asked.items() if column is not None}
 
-    def _bad_rows(
-        self, frames: dict[str, pd.DataFrame], labels: list[str], source: str, left_out: dict[str, list[int]]
-    ) -> BadRows:
-        """Find the rows that cannot be learned from, and put class indices and keys of the split in place of what was read."""
+    def _no_bad_rows(self, tables: Tables, source: str, left_out: dict[str, list[int]]) -> BadRows:
         folder = BUILTIN / self.builtin if self.dataset == "builtin" else Path(self.dataset)
-        files = dict.fromkeys(frames, Path(source)) | split_files(folder)
-        bad = BadRows(files, {name: len(frame) for name, frame in frames.items()}, left_out)
-        ids: set[Any] = set()
-        keys = _keys(frames, self.split) if self.split is not None and self.split.by is not None else None
-        for split, frame in frames.items():
-            for column, name in (("text", self.text_column), ("pair", self.pair_column)):
-                for row in _empty(frame[column]) if column in frame else []:
-                    bad.add(split, row, "no text", f"has no text in column '{name}'")
-            indices = self._indices(frame["label"].tolist(), labels)
-            for row, (value, index) in enumerate(zip(frame["label"], indices, strict=True)):
-                if index is None:
+        files = dict.fromkeys(tables, Path(source)) | split_files(folder)
+        return BadRows(files, {name: len(rows) for name, rows in tables.items()}, left_out)
+
+    def _read(self, split: str, raw: datasets.Dataset, labels: list[str], bad: BadRows) -> datasets.Dataset:
+        """The text, pair and label of each row, as they are learned from; what cannot be is told to ``bad``."""
+        texts = {"text": self.text_column} | ({"pair": self.pair_column} if self.pair_column is not None else {})
+
+        def read(batch: Batch, rows: Sequence[int]) -> Batch:
+            made: Batch = {}
+            for name, column in texts.items():
+                made[name] = [self.read_text(text) if isinstance(text, str) else "" for text in batch[column]]
+                for row, text in zip(rows, made[name], strict=True):
+                    if not text.strip():
+                        bad.add(split, row, "no text", f"has no text in column '{column}'")
+            made["label"] = self._indices(batch[self.label_column], labels)
+            for row, value, label in zip(rows, batch[self.label_column], made["label"], strict=True):
+                if label is None:
                     what = f"has the unknown label {value!r}; known are {', '.join(labels)}"
                     bad.add(split, row, "unknown label", what)
-            frame["label"] = pd.Series(indices, dtype=object)
-            if "id_column" in frame:
-                for row, name in enumerate(frame["id_column"]):
-                    if name in ids:
-                        bad.add(
-                            split,
-                            row,
-                            "duplicate id",
-                            f"has the id {name!r} in column '{self.id_column}' a second time",
-                        )
-                    ids.add(name)
-            if self.split is not None and keys is not None:
-                frame["split.by"] = pd.Series(keys[split], dtype=object)
-                for row in frame.index[frame["split.by"].isna()]:
+            return made
+
+        types = dict.fromkeys(texts, datasets.Value("string")) | {"label": datasets.Value("int64")}
+        asked = list(dict.fromkeys([*texts.values(), self.label_column]))
+        return rewritten(raw.select_columns(asked), read, datasets.Features(types))
+
+    def _check_ids(self, tables: Tables, bad: BadRows) -> None:
+        """A name that comes twice, in whatever splits, is a fault of the later row."""
+        ids: set[Any] = set()
+        for split, rows in tables.items() if self.id_column is not None else ():
+            for row, name in enumerate(rows[self.id_column]):
+                if name in ids:
                     bad.add(
-                        split, int(row), "no place in the split", f"has nothing to split by in column '{self.split.by}'"
+                        split, row, "duplicate id", f"has the id {name!r} in column '{self.id_column}' a second time"
                     )
-        return bad
+                ids.add(name)
+
+    def _keys(self, tables: Tables, bad: BadRows) -> dict[str, list[Any]]:
+        """Split -> what its rows are sorted or grouped by; a row without is bad."""
+        if self.split is None or self.split.by is None:
+            return {name: [None] * len(rows) for name, rows in tables.items()}
+        values = _values(tables, self.split.by)
+        every = iter(self.split.keys(values, self.split.is_time(values)))
+        keys = {name: list(islice(every, len(rows))) for name, rows in tables.items()}
+        for split, column in keys.items():
+            for row, key in enumerate(column):
+                if key is None:
+                    what = f"has nothing to split by in column '{self.split.by}'"
+                    bad.add(split, row, "no place in the split", what)
+        return keys
 
     def _indices(self, values: Sequence[Any], labels: list[str]) -> list[int | None]:
         """Names, indices or scores -> indices; None for what is neither."""
@@ -198,22 +224,26 @@ class Classification:
         index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
         return [index.get(value) if isinstance(value, str | int | float) else None for value in values]
 
-    def _mask(self, frames: dict[str, pd.DataFrame], mask: Mask) -> dict[str, int]:
-        """Take the names out of all texts, in place; split -> rows in which there was one."""
-        names = mask.listed()
-        for frame in frames.values():
-            if "mask.column" in frame:
-                names += [name for name in frame["mask.column"] if isinstance(name, str)]
-        masker = Masker(names, mask.word)
-        counts = {}
-        for split, frame in frames.items():
-            touched = pd.Series(False, index=frame.index)
-            for column in _texts(frame):
-                masked = [masker(text) for text in frame[column]]
-                touched |= frame[column] != masked
-                frame[column] = masked
-            counts[split] = int(touched.sum())
-        return counts
+    def _without_names(self, splits: Tables, names: list[str]) -> tuple[Tables, dict[str, int]]:
+        """All texts without names and figures, as asked for; and split -> rows in which there was a name."""
+        masker = None if self.mask is None else Masker([*self.mask.listed(), *names], self.mask.word)
+        counts = dict.fromkeys(splits, 0)
+
+        def change(split: str, batch: Batch) -> Batch:
+            texts = {name: batch[name] for name in ("text", "pair") if name in batch}
+            if masker is not None:
+                masked = {name: [masker(text) for text in column] for name, column in texts.items()}
+                pairs = zip(zip(*texts.values(), strict=True), zip(*masked.values(), strict=True), strict=True)
+                counts[split] += sum(before != after for before, after in pairs)
+                texts = masked
+            if self.normalise_numbers:
+                texts = {name: [normalise_numbers(text) for text in column] for name, column in texts.items()}
+            return batch | texts
+
+        def of(split: str) -> Callable[[Batch, Sequence[int]], Batch]:
+            return lambda batch, _: change(split, batch)
+
+        return {name: rewritten(rows, of(name), rows.features) for name, rows in splits.items()}, counts
 
     def _complete(self, whole: dict[str, datasets.Dataset], source: str) -> dict[str, datasets.Dataset]:
         """A sample of the training rows if asked, and a validation split from them where there is none."""
@@ -263,31 +293,26 @@ class Classification:
         return names
 
 
-def _texts(frame: pd.DataFrame) -> list[str]:
-    return [column for column in ("text", "pair") if column in frame]
+def _values(tables: Tables, column: str, rows: dict[str, list[int]] | None = None) -> list[Any]:
+    """A small column of all splits, one after the other, or of these rows of each."""
+    return [v for name, table in tables.items() for v in (table.select(rows[name]) if rows else table)[column]]
 
 
-def _empty(column: pd.Series) -> list[int]:
-    return [row for row, text in enumerate(column) if not isinstance(text, str) or not text.strip()]
-
-
-def _rows(frame: pd.DataFrame, split: str) -> datasets.Dataset:
-    if frame.empty:
+def _filled(rows: datasets.Dataset, split: str) -> datasets.Dataset:
+    if len(rows) == 0:
         raise InputError(f"task.dataset: no row of {split} is good; mend the data")
-    return datasets.Dataset.from_dict({column: frame[column].tolist() for column in [*_texts(frame), "label"]})
+    return rows
 
 
-def _keys(frames: dict[str, pd.DataFrame], split: Split) -> dict[str, list[Any]]:
-    """Split -> what its rows are sorted or grouped by."""
-    values = [value for frame in frames.values() for value in frame["split.by"]]
-    keys = iter(split.keys(values, split.is_time(values)))
-    return {name: [next(keys) for _ in range(len(frame))] for name, frame in frames.items()}
+def columns_of(ids: list[list[int]]) -> Batch:
+    """What a model takes of single texts, none of them padded."""
+    return {"input_ids": ids, "attention_mask": [[1] * len(own) for own in ids]}
 
 
-def _divided(frames: dict[str, pd.DataFrame], split: Split) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def _divided(splits: Tables, keys: list[Any], split: Split) -> tuple[Tables, dict[str, Any]]:
     """All rows in splits made anew, and what these are, for the report."""
-    whole = pd.concat(list(frames.values()), ignore_index=True)
-    keys = whole["split.by"].tolist() if split.by is not None else list(range(len(whole)))
+    whole = datasets.concatenate_datasets(list(splits.values()))
+    keys = keys if split.by is not None else list(range(len(whole)))
     time = split.by is not None and not isinstance(keys[0], str)
     parts = split.divide(keys, time)
     fact: dict[str, Any] = {"by": split.by, "kind": "time" if time else "group" if split.by else "random"}
@@ -298,4 +323,4 @@ def _divided(frames: dict[str, pd.DataFrame], split: Split) -> tuple[dict[str, p
             if time
             else len(set(values))
         )
-    return {name: whole.iloc[rows] for name, rows in parts.items()}, fact
+    return {name: _filled(whole.select(rows), name) for name, rows in parts.items()}, fact

@@ -1,6 +1,7 @@
 """Filings: one long document, one of 2 to 100+ classes. Not covered: several labels per document."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,7 +9,9 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
-from finllm_prune.tasks.classification import Classification
+from finllm_prune.tasks.batchwise import Batch, rewritten
+from finllm_prune.tasks.classification import Classification, columns_of
+from finllm_prune.tasks.ends import both_ends
 from finllm_prune.tasks.markup import plain_text
 from finllm_prune.tasks.task import Examples
 
@@ -52,18 +55,11 @@ class Filings(Classification):
         if self.strategy == "head":
             return super().tokenize(rows, tokenizer)
         limit = min(self.max_length, tokenizer.model_max_length)
-        whole = tokenizer(list(rows["text"]), truncation=False, verbose=False)["input_ids"]
-        ids = [_ends(document, limit, self.head) for document in whole]
-        columns = {"input_ids": ids, "attention_mask": [[1] * len(document) for document in ids]}
-        return datasets.Dataset.from_dict(columns | {"labels": list(rows["label"])})
 
+        def read(batch: Batch, _: Sequence[int]) -> Batch:
+            return columns_of(both_ends(batch["text"], limit, self.head, tokenizer)) | {"labels": batch["label"]}
 
-def _ends(ids: list[int], limit: int, head: float) -> list[int]:
-    """The first and the last tokens; the special tokens at both ends stay where the model looks for them."""
-    if len(ids) <= limit:
-        return ids
-    first = min(max(1, round(head * limit)), limit - 1)
-    return ids[:first] + ids[first - limit :]
+        return rewritten(rows, read)
 
 
 TASK = Filings

@@ -3,16 +3,18 @@
 import hashlib
 import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import datasets
+from datasets.fingerprint import get_temporary_cache_files_directory
 from torch import Tensor
 from transformers import DataCollator, PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
+from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.rows import copy_readable, not_utf8
 
 BUILTIN = Path(__file__).parents[1] / "data"
@@ -40,10 +42,13 @@ class Examples:
     def reordered(self, labels: list[str]) -> "Examples":
         """The same rows with the class names in another order."""
         index = [labels.index(name) for name in self.labels]
-        splits = {
-            name: datasets.Dataset.from_dict({**rows[:], "label": [index[i] for i in rows["label"]]})
-            for name, rows in self.splits.items()
-        }
+        if index == list(range(len(labels))):
+            return self
+
+        def turn(batch: Batch, _: Sequence[int]) -> Batch:
+            return batch | {"label": [index[label] for label in batch["label"]]}
+
+        splits = {name: rewritten(rows, turn, rows.features) for name, rows in self.splits.items()}
         return replace(self, splits=splits, labels=labels)
 
     def texts(self, split: str) -> list[str]:
@@ -119,13 +124,18 @@ def read_splits(
 
 
 def take(rows: datasets.Dataset, columns: dict[str, str], where: str) -> dict[str, list[Any]]:
-    """The named columns of a split as lists; a missing one is an error that lists what is there."""
+    """The named columns of a split as lists."""
+    check_columns(rows, columns, where)
+    return {key: list(rows[column]) for key, column in columns.items()}
+
+
+def check_columns(rows: datasets.Dataset, columns: dict[str, str], where: str) -> None:
+    """A missing column is an error that lists what is there."""
     for key, column in columns.items():
         if column not in rows.column_names:
             raise InputError(
                 f"{where}: there is no column '{column}' (task.{key}); its columns are {', '.join(rows.column_names)}"
             )
-    return {key: list(rows[column]) for key, column in columns.items()}
 
 
 def split_files(folder: Path) -> dict[str, Path]:
@@ -154,11 +164,12 @@ def read_file(path: Path, split: str, left_out: list[int] | None = None) -> data
     ``left_out`` is told the lines of a jsonl or csv file that are no UTF-8 or no JSON; None refuses such a file.
     """
     if left_out is not None and path.suffix in (".jsonl", ".csv"):
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / path.name
-            left_out += copy_readable(path, copy)
-            if left_out:
-                return _loaded(copy, split, named=path, cache_dir=folder, keep_in_memory=True)
+        folder = tempfile.mkdtemp(dir=get_temporary_cache_files_directory())
+        copy = Path(folder) / path.name
+        left_out += copy_readable(path, copy)
+        if left_out:
+            return _loaded(copy, split, named=path, cache_dir=folder)
+        copy.unlink()
     elif path.suffix != ".parquet" and (bad := not_utf8(path)):
         count = f" (the first of {len(bad)} such lines)" if len(bad) > 1 else ""
         raise InputError(
