@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints import LOSSY, SERVED, find_format, serve
@@ -19,13 +18,12 @@ from finllm_prune.evaluation import (
     compare,
     layer_table,
     measure,
-    predict,
     removed,
     weight_bytes,
 )
 from finllm_prune.evaluation.plots import draw, draw_record
-from finllm_prune.evaluation.quality import Labels
 from finllm_prune.hub.card import write_card
+from finllm_prune.inference import logits_of
 from finllm_prune.prepare import CHECKPOINTS, Prepared
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
@@ -48,7 +46,7 @@ def conclude(
     """
     recipe, work = ready.recipe, ready.work
     nn.Module.to(dense, device=student.device)
-    of_dense, of_student = (_predicted(ready, model) for model in (dense, student))
+    of_dense, of_student = (_logits(ready, model) for model in (dense, student))
     # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
     nn.Module.to(student, device="cpu")
     exported = _export(student, ready.tokenizer, work, recipe.export)
@@ -65,9 +63,7 @@ def conclude(
         gates=recipe.gates,
         target=_target(recipe.pruning.target, dense, student, pruner),
         exported={
-            name: _judged(ready, of_dense, _predicted(ready, model))
-            for name, model in exported.items()
-            if name in LOSSY
+            name: _judged(ready, of_dense, _logits(ready, model)) for name, model in exported.items() if name in LOSSY
         },
     )
     report.save(work / "report.json")
@@ -92,15 +88,12 @@ def _export(
     return exported
 
 
-def _predicted(ready: Prepared, model: Classifier) -> Labels:
-    return predict(model, ready.tokens["test"], ready.recipe.task.collator(ready.tokenizer))
+def _logits(ready: Prepared, model: Classifier) -> Tensor:
+    return logits_of(model, ready.tokens["test"], ready.recipe.task.collator(ready.tokenizer))
 
 
-def _judged(ready: Prepared, of_dense: Labels, predictions: Labels) -> Quality:
-    references = np.array(ready.tokens["test"]["labels"])
-    return compare(
-        of_dense, predictions, references, ready.examples.labels, ready.recipe.task.metrics, seed=ready.arguments.seed
-    )
+def _judged(ready: Prepared, of_dense: Tensor, of_other: Tensor) -> Quality:
+    return compare(ready.recipe.task.judge(ready.examples), of_dense, of_other, seed=ready.arguments.seed)
 
 
 def _latency(dense: PreTrainedModel, student: PreTrainedModel, exported: dict[str, Classifier]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""The logits of a model on many rows."""
+"""The forward pass of a batch whose rows may be several sequences, and the logits of a model on many rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DataCollator, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+PARTS = "parts"
+Gather = Callable[[Tensor, Tensor], Tensor]
+
+
+def gather_of(collator: DataCollator) -> Gather | None:
+    """How a collator that makes several sequences of a row puts their logits together: (logits, parts) -> one for each row."""
+    gather: Gather | None = getattr(collator, "gather", None)
+    return gather
+
+
+def answer(
+    model: Callable[..., Any], batch: Mapping[str, Tensor], gather: Gather | None = None, **options: Any
+) -> ModelOutput:
+    """The outputs of a model for a batch without its labels.
+
+    Args:
+        model: anything that is called like one.
+        batch: what the model takes, and ``parts`` (rows,), the sequences of each row, where rows are several.
+        gather: puts the logits (sequences, outputs) of such a batch together, one for each row.
+        options: for the model, as ``output_hidden_states``.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", PARTS)}
+    outputs: ModelOutput = model(**inputs, **options)
+    if PARTS in batch and gather is not None:
+        outputs["logits"] = gather(outputs["logits"], batch[PARTS])
+    return outputs
 
 
 def logits_of(
@@ -24,15 +52,20 @@ def logits_of(
         collator: makes a batch of rows.
         batch_size: rows at a time; rows of like length lie together.
     """
-    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    by_length = sorted(range(len(rows)), key=lambda row: length(rows[row]["input_ids"]))
     loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
     found = []
     with _evaluating(model) as device:
         for batch in tqdm(loader, desc="predict", leave=False, disable=None):
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            found.append(model(**inputs).logits.float().cpu())
+            inputs = {key: value.to(device) for key, value in batch.items()}
+            found.append(answer(model, inputs, gather_of(collator))["logits"].float().cpu())
     logits = torch.cat(found)
     return torch.empty_like(logits).index_copy_(0, torch.tensor(by_length), logits)
+
+
+def length(ids: list[Any]) -> int:
+    """Tokens of a row, over all its sequences."""
+    return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
 
 
 @contextmanager

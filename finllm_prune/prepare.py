@@ -254,9 +254,8 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
     try:
         with without_load_report():
             model: PreTrainedModel = task.auto_class.from_pretrained(
-                location, num_labels=len(labels), id2label=dict(enumerate(labels)),
-                label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True, dtype=torch.float32,
-            )  # fmt: skip
+                location, **task.head_config(labels), ignore_mismatched_sizes=True, dtype=torch.float32
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
     return model

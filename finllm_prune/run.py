@@ -1,21 +1,22 @@
 """One run, top to bottom: dense teacher, pruning with distillation, proof, evaluation, export, card."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
+import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.conclusion import conclude
 from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import Report
 from finllm_prune.families import expand, find_architecture, shrink, without_effect
-from finllm_prune.metrics import find_metric
+from finllm_prune.inference import answer, gather_of
+from finllm_prune.judges import Judge
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
 from finllm_prune.pruning import Calibrated, Pruner, Sensitivity
 from finllm_prune.recipe import Recipe
@@ -163,10 +164,16 @@ def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner) -> Non
     def sample(count: int) -> list[dict[str, Tensor]]:
         return sample_batches(ready.tokens["train"], count, ready.recipe.task.collator(ready.tokenizer), seed)
 
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        outputs = answer(model, batch, gather_of(ready.recipe.task.collator(ready.tokenizer)))
+        assert task_loss is not None
+        return task_loss(outputs["logits"], batch["labels"])
+
+    task_loss = ready.recipe.task.loss(ready.examples)
     rules, method, seed = ready.recipe.pruning.rules, ready.recipe.pruning.oneshot, ready.arguments.seed
     asked = [rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)]
     if asked:
-        measure_sensitivity(student, pruner.groups, sample(max(asked)))
+        measure_sensitivity(student, pruner.groups, sample(max(asked)), loss if task_loss is not None else None)
     if method is not None:
         batches = sample(method.rows) if isinstance(method, Calibrated) else []
         prune_once(student, find_architecture(student.config.model_type), pruner, method, batches)
@@ -179,12 +186,12 @@ def _trainer(
     arguments.resume_from_checkpoint = complete_checkpoint(
         arguments.output_dir, pruned="pruner" in parts, projected=_projected(parts)
     )
-    metrics = ready.recipe.task.metrics
+    judge = ready.recipe.task.judge(ready.examples, "validation")
     parts = {"train_dataset": ready.tokens["train"]} | parts
     return PruningTrainer(
         model, arguments, description=phase, eval_dataset=ready.tokens["validation"],
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
-        compute_metrics=lambda result: _scores(result, metrics), task_loss=ready.recipe.task.loss(ready.examples), **parts,
+        compute_metrics=lambda result: _scores(result, judge), task_loss=ready.recipe.task.loss(ready.examples), **parts,
     )  # fmt: skip
 
 
@@ -193,11 +200,10 @@ def _projected(parts: dict[str, Any]) -> bool:
     return teacher is not None and teacher.projection is not None
 
 
-def _scores(result: EvalPrediction, metrics: Sequence[str]) -> dict[str, float]:
+def _scores(result: EvalPrediction, judge: Judge) -> dict[str, float]:
     logits = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
-    classes = np.asarray(logits).argmax(-1).tolist()
-    references = np.asarray(result.label_ids).tolist()
-    return {name: find_metric(name)(classes, references) for name in metrics}
+    answers = judge.answers(torch.as_tensor(logits))
+    return {name: judge.value(name, answers) for name in judge.metrics}
 
 
 def _once(write: Callable[[], None]) -> None:

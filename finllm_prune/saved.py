@@ -5,14 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from transformers import AutoModel
 
 from finllm_prune.checkpoints import is_served, serve
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import compare, layer_table, predict, quality_rows
+from finllm_prune.evaluation import compare, layer_table, quality_rows
 from finllm_prune.hub.base_model import locate
+from finllm_prune.inference import logits_of
 from finllm_prune.prepare import label_order, load_config, load_model, load_tokenizer
 from finllm_prune.tasks import find_task
 
@@ -32,7 +32,7 @@ def evaluate_saved(
     """
     task = find_task(task_name)(dataset=dataset, max_length=max_length)  # type: ignore[call-arg]
     examples = task.load()
-    predictions = {}
+    logits = {}
     for name in dict.fromkeys([baseline or model, model]):
         location, _ = locate(name, served=True)
         labels = label_order(load_config(location), examples.labels, must_match=name)
@@ -40,10 +40,9 @@ def evaluate_saved(
         tokens = task.tokenize(examples.splits["test"], tokenizer)
         folder = Path(location)
         classifier = serve(folder) if is_served(folder) else load_model(task, location, labels)
-        classes = predict(classifier, tokens, task.collator(tokenizer))
-        predictions[name] = np.array([examples.labels.index(labels[i]) for i in classes])
-    references = np.array(examples.splits["test"]["label"])
-    quality = compare(predictions[baseline or model], predictions[model], references, examples.labels, task.metrics)
+        own = logits_of(classifier, tokens, task.collator(tokenizer))
+        logits[name] = own[:, [labels.index(label) for label in examples.labels]]
+    quality = compare(task.judge(examples), logits[baseline or model], logits[model])
     if baseline is not None:
         return asdict(quality), list(quality_rows(quality))
     figures = {

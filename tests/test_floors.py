@@ -11,6 +11,7 @@ FLOORS = [
     {"settings", "staging", "inference"},
     {"pruning"},
     {"families", "metrics", "vocabulary"},
+    {"judges"},
     {"training", "tasks", "checkpoints", "evaluation"},
     {"recipe", "hub", "registration"},
     {"prepare"},

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest
 
 from finllm_prune.evaluation import Quality, Report, compare
 from finllm_prune.evaluation.sparsity import layer_table
+from finllm_prune.judges import ClassJudge
 from tests.conftest import LABELS, tiny_model
 
 RANDOM = np.random.default_rng(0)
@@ -18,7 +20,8 @@ def noisy(part: float, seed: int) -> np.ndarray:
 
 
 def judge(dense: np.ndarray, pruned: np.ndarray) -> Quality:
-    return compare(dense, pruned, REFERENCES, LABELS, ("accuracy", "macro_f1", "mcc"), resamples=99)
+    judge = ClassJudge(REFERENCES, LABELS, ("accuracy", "macro_f1", "mcc"))
+    return compare(judge, *(torch.eye(3)[torch.as_tensor(classes)] for classes in (dense, pruned)), resamples=99)
 
 
 def test_the_figures_are_their_formulas() -> None:
@@ -30,7 +33,7 @@ def test_the_figures_are_their_formulas() -> None:
     assert quality.agreement == pytest.approx((dense == pruned).mean())
     lost, won = int((right & ~now).sum()), int((~right & now).sum())
     assert quality.flips == {"right_to_wrong": lost, "wrong_to_right": won}
-    assert quality.mcnemar_p == pytest.approx(binomtest(min(lost, won), lost + won).pvalue)
+    assert quality.paired_p == pytest.approx(binomtest(min(lost, won), lost + won).pvalue)
     assert sum(value["rows"] for value in quality.per_class.values()) == 200
     for value in quality.metrics.values():
         for kind in ("dense", "pruned"):

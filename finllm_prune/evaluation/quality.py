@@ -1,21 +1,14 @@
 """Dense against pruned on the same rows: metrics with intervals, agreement, flips, and a paired test."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import bootstrap
-from sklearn.metrics import f1_score
-from statsmodels.stats.contingency_tables import mcnemar
-from transformers import DataCollator
+from torch import Tensor
 
-from finllm_prune.inference import logits_of
-from finllm_prune.metrics import Metric, find_metric
-
-Labels = NDArray[np.int64]
+from finllm_prune.judges import Indices, Judge
 
 
 @dataclass(frozen=True)
@@ -25,77 +18,60 @@ class Quality:
     Args:
         metrics: name -> ``dense`` and ``pruned`` values, each with its 95 % bootstrap interval (``..._interval``).
         retention: name -> pruned / dense.
-        agreement: the part of rows for which both models predict the same class.
-        flips: how many predictions went ``right_to_wrong`` and ``wrong_to_right`` by pruning.
-        mcnemar_p: the exact two-sided p-value that both are equally often right (McNemar 1947).
-        per_class: label -> F1 of ``dense`` and ``pruned``, and ``rows``.
-        collapsed: the pruned model predicts one class for every row, though there are more.
+        agreement: the part of units (rows, or queries) for which both models decide the same.
+        flips: how many units lost and won by pruning: ``right_to_wrong`` and ``wrong_to_right`` where there is a right answer.
+        paired_test: the name of the test that neither model is better.
+        paired_p: its two-sided p-value.
+        per_class: label -> F1 of ``dense`` and ``pruned``, and ``rows``; empty where there are no classes.
+        collapsed: the pruned model says the same to every row, though it should not.
     """
 
     metrics: dict[str, dict[str, Any]]
     retention: dict[str, float]
     agreement: float
     flips: dict[str, int]
-    mcnemar_p: float
+    paired_test: str
+    paired_p: float
     per_class: dict[str, dict[str, float]]
     collapsed: bool
 
 
-def predict(
-    model: Callable[..., Any], rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64
-) -> Labels:  # fmt: skip
-    """The predicted class index of each row, in order; see ``logits_of``."""
-    return logits_of(model, rows, collator, batch_size).argmax(-1).numpy()
-
-
-def compare(
-    dense: Labels, pruned: Labels, references: Labels, labels: Sequence[str], metrics: Sequence[str],
-    seed: int = 0, resamples: int = 999,
-) -> Quality:  # fmt: skip
-    """Hold the predictions of a pruned model against those of the dense one.
+def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resamples: int = 999) -> Quality:
+    """Hold the logits of a pruned model against those of the dense one.
 
     Args:
-        dense, pruned, references: class indices, shape (rows,).
-        labels: class names by index.
-        metrics: names of ``finllm_prune.metrics``.
+        judge: of the split.
+        dense, pruned: logits, shape (rows, outputs), see ``logits_of``.
         seed: of the bootstrap.
         resamples: of the bootstrap.
     """
-    found = {name: find_metric(name) for name in metrics}
-    values: dict[str, dict[str, Any]] = {name: {} for name in metrics}
-    for name, metric in found.items():
-        for kind, predictions in (("dense", dense), ("pruned", pruned)):
-            values[name][kind] = metric(predictions.tolist(), references.tolist())
-            values[name][f"{kind}_interval"] = _interval(metric, predictions, references, seed, resamples)
-    was_right, is_right = dense == references, pruned == references
-    flips = {"right_to_wrong": int((was_right & ~is_right).sum()), "wrong_to_right": int((~was_right & is_right).sum())}
-    table = [
-        [int((was_right & is_right).sum()), flips["right_to_wrong"]],
-        [flips["wrong_to_right"], int((~was_right & ~is_right).sum())],
-    ]
+    answers = {"dense": judge.answers(dense), "pruned": judge.answers(pruned)}
+    values: dict[str, dict[str, Any]] = {name: {} for name in judge.metrics}
+    for name, value in values.items():
+        for kind, given in answers.items():
+
+            def metric(units: Indices, name: str = name, given: Any = given) -> float:
+                return judge.value(name, given, units)
+
+            value[kind] = judge.value(name, given)
+            value[f"{kind}_interval"] = _interval(metric, len(judge), seed, resamples)
+    was, now = (judge.worth(given) for given in answers.values())
+    test, p = judge.paired_test(**answers)
     return Quality(
         metrics=values,
         retention={name: v["pruned"] / v["dense"] if v["dense"] else 0.0 for name, v in values.items()},
-        agreement=float((dense == pruned).mean()),
-        flips=flips,
-        mcnemar_p=float(mcnemar(table, exact=True).pvalue),
-        per_class=_per_class(dense, pruned, references, labels),
-        collapsed=len(np.unique(pruned)) == 1 and len(np.unique(references)) > 1,
+        agreement=float(judge.same(*answers.values()).mean()),
+        flips=dict(zip(judge.flips, (int((now < was).sum()), int((now > was).sum())), strict=True)),
+        paired_test=test,
+        paired_p=p,
+        per_class=judge.per_class(**answers),
+        collapsed=judge.collapsed(answers["pruned"]),
     )
 
 
-def _interval(metric: Metric, predictions: Labels, references: Labels, seed: int, resamples: int) -> list[float]:
+def _interval(metric: Callable[[Indices], float], units: int, seed: int, resamples: int) -> list[float]:
     result = bootstrap(
-        (predictions, references), metric, paired=True, vectorized=False, method="percentile",
+        (np.arange(units),), metric, vectorized=False, method="percentile",
         n_resamples=resamples, rng=np.random.default_rng(seed),
     )  # fmt: skip
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
-
-
-def _per_class(dense: Labels, pruned: Labels, references: Labels, labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    every = list(range(len(labels)))
-    scores = [f1_score(references, p, labels=every, average=None, zero_division=0.0) for p in (dense, pruned)]
-    return {
-        name: {"dense": float(scores[0][i]), "pruned": float(scores[1][i]), "rows": int((references == i).sum())}
-        for i, name in enumerate(labels)
-    }

@@ -143,8 +143,9 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
         out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
         out.append((f"  retention of {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
     out.append(("same prediction (agreement)", "", f"{quality.agreement:.1%}"))
-    out.append(("flips right→wrong / wrong→right", "", " / ".join(str(n) for n in quality.flips.values())))
-    out.append(("McNemar's exact p", "", f"{quality.mcnemar_p:.3f}"))
+    names = " / ".join(name.replace("_to_", "→").replace("_", " ") for name in quality.flips)
+    out.append((f"flips {names}", "", " / ".join(str(n) for n in quality.flips.values())))
+    out.append((f"{quality.paired_test}, p", "", f"{quality.paired_p:.3f}"))
     return out
 
 

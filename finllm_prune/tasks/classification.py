@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import datasets
+import numpy as np
 import pandas as pd
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from finllm_prune.errors import InputError
+from finllm_prune.judges import ClassJudge, Judge
 from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.ends import first_tokens
 from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
@@ -149,6 +151,13 @@ class Classification:
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
         return DataCollatorWithPadding(tokenizer)
+
+    def head_config(self, labels: list[str]) -> dict[str, Any]:
+        numbers = {name: number for number, name in enumerate(labels)}
+        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
+
+    def judge(self, examples: Examples, split: str = "test") -> Judge:
+        return ClassJudge(np.array(examples.splits[split]["label"]), examples.labels, self.metrics)
 
     def read_text(self, text: str) -> str:
         """What of a text is there to be learned from."""

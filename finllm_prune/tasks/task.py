@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DataCollator, PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
+from finllm_prune.judges import Judge
 from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.rows import copy_readable, not_utf8
 
@@ -85,6 +86,14 @@ class Task(Protocol):
 
     def loss(self, examples: Examples) -> Loss | None:
         """(logits, labels) -> the mean over the rows, in place of the model's own loss; None leaves it to the model."""
+        ...
+
+    def head_config(self, labels: list[str]) -> dict[str, Any]:
+        """What ``from_pretrained`` is told of the head: ``num_labels``, their names, ``problem_type``."""
+        ...
+
+    def judge(self, examples: Examples, split: str = "test") -> Judge:
+        """Who knows the right answers to a split."""
         ...
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_architecture
+from finllm_prune.inference import Gather, answer
 from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence, uniform_layers
 from finllm_prune.training.projection import Projection
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
@@ -106,7 +107,7 @@ class Teacher:
         if self.projection is not None:
             self.projection.to(device)
 
-    def loss(self, outputs: dict[str, Any], inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: dict[str, Any], inputs: dict[str, Tensor], gather: Gather | None = None) -> Tensor:
         """The whole training loss.
 
         Args:
@@ -114,10 +115,11 @@ class Teacher:
                 of (batch, tokens, width), embeddings first) if ``settings.compares_layers``.
             inputs: the batch, on the student's device, labels included. If it carries ``teacher_logits`` (batch,
                 classes), they stand for the teacher, which does not run.
+            gather: what made the student's logits of those of several sequences a row.
         """
         settings, logits = self.settings, outputs["logits"]
         self.to(logits.device)
-        target = self._target(inputs)
+        target = self._target(inputs, gather)
         t = settings.temperature
         divergence = F.kl_div(
             F.log_softmax(logits.float() / t, -1), F.log_softmax(target["logits"].float() / t, -1),
@@ -130,13 +132,11 @@ class Teacher:
             )
         return loss
 
-    def _target(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    def _target(self, inputs: dict[str, Tensor], gather: Gather | None) -> dict[str, Any]:
         if TEACHER_LOGITS in inputs:
             return {"logits": inputs[TEACHER_LOGITS]}
-        batch = {key: value for key, value in inputs.items() if key != "labels"}
         with torch.no_grad():
-            target: dict[str, Any] = self.model(**batch, output_hidden_states=self.settings.compares_layers)
-        return target
+            return answer(self.model, inputs, gather, output_hidden_states=self.settings.compares_layers)
 
     def _layers(self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
         hidden = relations = torch.zeros((), device=mask.device)

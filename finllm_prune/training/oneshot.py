@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import Architecture, Family
+from finllm_prune.inference import answer
 from finllm_prune.pruning import Calibrated, Group, OneShot, Pruner, pattern_of
 
 
@@ -138,8 +139,7 @@ def _record(model: PreTrainedModel, layers: nn.ModuleList, batches: Iterable[dic
         for batch in batches:
             calls.clear()
             ends.clear()
-            batch = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-            model(**batch)
+            answer(model, {key: value.to(model.device) for key, value in batch.items()})
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             passes.append(Pass(real, ends[0], list(calls)))
     return passes

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finllm_prune.errors import InputError
+from finllm_prune.inference import PARTS, answer, gather_of, length
 from finllm_prune.pruning import Pruner
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
@@ -84,13 +85,17 @@ class PruningTrainer(Trainer):
         if teacher is None and self.task_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own = {key: value for key, value in inputs.items() if key != TEACHER_LOGITS}
-        if teacher is not None:
-            own["output_hidden_states"] = teacher.settings.compares_layers  # type: ignore[assignment]
-        loss, outputs = super().compute_loss(model, own, True, num_items_in_batch)
+        options = {} if teacher is None else {"output_hidden_states": teacher.settings.compares_layers}
+        gather = gather_of(self.data_collator)
+        if PARTS in inputs:
+            assert self.task_loss is not None, "no model has a loss of its own for rows of several sequences"
+            loss, outputs = None, answer(model, own, gather, **options)
+        else:
+            loss, outputs = super().compute_loss(model, own | options, True, num_items_in_batch)
         if self.task_loss is not None:
             loss = self.task_loss(outputs["logits"], inputs["labels"])
         if teacher is not None:
-            loss = teacher.loss({**outputs, "loss": loss}, inputs)
+            loss = teacher.loss({**outputs, "loss": loss}, inputs, gather)
         return (loss, outputs) if return_outputs else loss
 
     def go_on(self) -> None:
@@ -143,7 +148,7 @@ class PruningTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, datasets.Dataset):
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
-        lengths = [len(ids) for ids in rows["input_ids"]]
+        lengths = [length(ids) for ids in rows["input_ids"]]
         batch_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BucketSampler(lengths, batch_size, seed)

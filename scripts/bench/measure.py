@@ -6,16 +6,15 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
 from bench.cells import Cell, Row
 from bench.methods import METHODS
 from bench.protocol import Protocol
-from finllm_prune.evaluation import compare, measure, predict, removed
+from finllm_prune.evaluation import compare, measure, removed
 from finllm_prune.families import find_family, shrink, without_effect
-from finllm_prune.metrics import find_metric
+from finllm_prune.inference import logits_of
 from finllm_prune.prepare import Prepared, load_model, prepare
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
@@ -77,20 +76,17 @@ def run(cell: Cell, protocol: Protocol) -> Row:
 def on_validation(ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel) -> dict[str, dict[str, float]]:
     """The metrics by which a learning rate is chosen: no intervals."""
     rows, collator = ready.tokens["validation"], ready.recipe.task.collator(ready.tokenizer)
-    found = {kind: predict(model, rows, collator) for kind, model in (("dense", dense), ("pruned", student))}
-    return {
-        name: {kind: find_metric(name)(classes.tolist(), rows["labels"]) for kind, classes in found.items()}
-        for name in ready.recipe.task.metrics
-    }
+    judge = ready.recipe.task.judge(ready.examples, "validation")
+    models = (("dense", dense), ("pruned", student))
+    found = {kind: judge.answers(logits_of(model, rows, collator)) for kind, model in models}
+    return {name: {kind: judge.value(name, answers) for kind, answers in found.items()} for name in judge.metrics}
 
 
 def on_test(ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel) -> dict[str, Any]:
     """The student beside its dense teacher: metrics with intervals, agreement, flips, collapse."""
     rows, collator = ready.tokens["test"], ready.recipe.task.collator(ready.tokenizer)
-    found = compare(
-        predict(dense, rows, collator), predict(student, rows, collator), np.array(rows["labels"]),
-        ready.examples.labels, ready.recipe.task.metrics,
-    )  # fmt: skip
+    judge = ready.recipe.task.judge(ready.examples)
+    found = compare(judge, logits_of(dense, rows, collator), logits_of(student, rows, collator))
     return {**found.metrics, **{key: value for key, value in asdict(found).items() if key != "metrics"}}
 
 

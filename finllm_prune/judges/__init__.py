@@ -1,0 +1,6 @@
+"""Judges: what a model's answers are worth; one kind of answer a file."""
+
+from finllm_prune.judges.classes import ClassJudge
+from finllm_prune.judges.judge import Answers, Indices, Judge
+
+__all__ = ["Answers", "ClassJudge", "Indices", "Judge"]

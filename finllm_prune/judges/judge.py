@@ -1,0 +1,62 @@
+"""What a judge provides, and how two models are held against each other by any of them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Indices = NDArray[np.int64]
+Answers = NDArray[Any]
+
+
+class Judge(Protocol):
+    """Knows the right answers to one split, and what a model's answers to it are worth.
+
+    Attributes:
+        unit: what the bootstrap draws and a test pairs, in one word: a row, or a query with its candidates.
+        metrics: names for ``value``.
+        flips: what a unit is called that lost by pruning, and one that won.
+    """
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def metrics(self) -> Sequence[str]: ...
+
+    @property
+    def flips(self) -> tuple[str, str]: ...
+
+    def __len__(self) -> int:
+        """Units."""
+        ...
+
+    def answers(self, logits: Tensor) -> Answers:
+        """What a model decided, the first axis being the units; ``logits``: of all rows (rows, outputs), in their order."""
+        ...
+
+    def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
+        """A metric over these units, where one that comes twice counts twice; None takes all."""
+        ...
+
+    def worth(self, answers: Answers) -> NDArray[np.float64]:
+        """(units,): of each answer alone, the more the better."""
+        ...
+
+    def same(self, one: Answers, other: Answers) -> NDArray[np.bool_]:
+        """(units,): whether two models decided alike."""
+        ...
+
+    def paired_test(self, dense: Answers, pruned: Answers) -> tuple[str, float]:
+        """The name of the test that neither model is better, and its two-sided p."""
+        ...
+
+    def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
+        """Class -> a figure of ``dense`` and ``pruned``, and ``rows``; nothing where there are no classes."""
+        ...
+
+    def collapsed(self, answers: Answers) -> bool:
+        """Whether a model says the same to everything, though it should not."""
+        ...
