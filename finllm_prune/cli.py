@@ -101,7 +101,9 @@ def evaluate(
     task: Annotated[str, typer.Option(help="The task, as sentiment.")] = "sentiment",
     dataset: Annotated[str, typer.Option(help="builtin, a folder of splits, or a Hub id.")] = "builtin",
     baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens; longer texts are cut. By default as the task does it.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Measure a model on a test split; with --baseline, hold it against the dense one."""
@@ -251,7 +253,8 @@ def _options(
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for chatty in ("httpx2", "bm25s"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _refuse_no_folder(file: Path | None) -> None:

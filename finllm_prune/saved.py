@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from finllm_prune.checkpoints import is_served, serve
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import compare, layer_table, quality_rows
+from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows
 from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
 from finllm_prune.prepare import label_order, load_config, load_model, load_tokenizer
@@ -20,7 +20,7 @@ Rows = list[tuple[str, ...]]
 
 
 def evaluate_saved(
-    model: str, task_name: str, dataset: str, baseline: str | None, max_length: int = 128
+    model: str, task_name: str, dataset: str, baseline: str | None, max_length: int | None = None
 ) -> tuple[dict[str, Any], Rows]:
     """Measure a saved model on a task's test split.
 
@@ -30,13 +30,16 @@ def evaluate_saved(
     Raises:
         InputError: the model's labels are not those of the data, or one of them cannot be read.
     """
-    task = find_task(task_name)(dataset=dataset, max_length=max_length)  # type: ignore[call-arg]
+    given = {} if max_length is None else {"max_length": max_length}
+    task = find_task(task_name)(dataset=dataset, **given)  # type: ignore[call-arg]
     examples = task.load()
     logits = {}
     for name in dict.fromkeys([baseline or model, model]):
         location, _ = locate(name, served=True)
-        labels = label_order(load_config(location), examples.labels, must_match=name)
+        config = load_config(location)
+        labels = label_order(config, examples.labels, must_match=name)
         tokenizer = load_tokenizer(location)
+        task.fit_tokenizer(tokenizer, config)
         tokens = task.tokenize(examples.splits["test"], tokenizer)
         folder = Path(location)
         classifier = serve(folder) if is_served(folder) else load_model(task, location, labels)
@@ -44,13 +47,15 @@ def evaluate_saved(
         logits[name] = own[:, [labels.index(label) for label in examples.labels]]
     quality = compare(task.judge(examples), logits[baseline or model], logits[model])
     if baseline is not None:
-        return asdict(quality), list(quality_rows(quality))
+        return asdict(quality), [*quality_rows(quality), *first_stage_rows(examples.facts)]
     figures = {
         name: {"value": value["pruned"], "interval": value["pruned_interval"]}
         for name, value in quality.metrics.items()
     }
-    rows = [(name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()]
-    return figures, list(rows)
+    rows: Rows = [
+        (name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()
+    ]
+    return figures, rows + [(what, value) for what, value, _ in first_stage_rows(examples.facts)]
 
 
 def inspect_saved(model: str) -> Rows:

@@ -59,7 +59,7 @@ def _metadata(report: Report, name: str) -> ModelCardData:
     data = run["data"]["source"]
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type=run["task"], dataset_name=data, dataset_split="test",
+            task_type=run["pipeline_tag"], dataset_type=run["task"], dataset_name=data, dataset_split="test",
             metric_type=metric, metric_value=round(value["pruned"], 4),
         )
         for metric, value in report.quality.metrics.items()

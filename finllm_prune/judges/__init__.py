@@ -2,5 +2,6 @@
 
 from finllm_prune.judges.classes import ClassJudge
 from finllm_prune.judges.judge import Answers, Indices, Judge
+from finllm_prune.judges.rankings import RankingJudge
 
-__all__ = ["Answers", "ClassJudge", "Indices", "Judge"]
+__all__ = ["Answers", "ClassJudge", "Indices", "Judge", "RankingJudge"]

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollator,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -135,6 +136,9 @@ class Classification:
         rows = list(examples.splits["train"]["label"])
         asked = self.class_weights
         return SkewLoss(None if asked is None else class_weights(asked, examples.labels, rows), self.focal_gamma)
+
+    def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """It serves as it is."""
 
     def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         limit = min(self.max_length, tokenizer.model_max_length)

@@ -34,12 +34,17 @@ class BadRows:
         files: split -> the file that it was read from, where there is one.
         sizes: split -> the rows that were read.
         unreadable: split -> the lines that were left out because they are no text or no JSON.
+        lines: split -> the line of each row, where whoever read the file knows it.
     """
 
-    def __init__(self, files: dict[str, Path], sizes: dict[str, int], unreadable: dict[str, list[int]]):
+    def __init__(
+        self, files: dict[str, Path], sizes: dict[str, int], unreadable: dict[str, list[int]] | None = None,
+        lines: dict[str, list[int]] | None = None,
+    ):  # fmt: skip
         self.files = files
         self.sizes = sizes
-        self.unreadable = unreadable
+        self.unreadable = unreadable or {}
+        self.lines = lines or {}
         self.found: dict[tuple[str, int], Fault] = {}
 
     def add(self, split: str, row: int, kind: str, predicate: str) -> None:
@@ -77,7 +82,7 @@ class BadRows:
         named = []
         for fault in faults:
             path = self.files[fault.split]
-            lines = first_lines(path, set(self.unreadable.get(fault.split, [])))
+            lines = self.lines.get(fault.split) or first_lines(path, set(self.unreadable.get(fault.split, [])))
             line = lines[fault.row] if len(lines) == self.sizes[fault.split] else None
             named.append(f"{path}, split {fault.split}, row {fault.row}," if line is None else f"{path}, line {line},")
         return named

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import datasets
 from datasets.fingerprint import get_temporary_cache_files_directory
 from torch import Tensor
-from transformers import DataCollator, PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedConfig, PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
 from finllm_prune.judges import Judge
@@ -57,6 +58,10 @@ class Examples:
         rows = self.splits[split]
         return [text for name in ("text", "pair") if name in rows.column_names for text in rows[name]]
 
+    def counts(self, split: str) -> dict[str, int]:
+        """Label -> rows of a split."""
+        return dict(Counter(self.labels[i] for i in self.splits[split]["label"]))
+
     def fingerprint(self) -> str:
         """sha256 over all rows of all splits, in order."""
         digest = hashlib.sha256()
@@ -70,12 +75,20 @@ class Examples:
 class Task(Protocol):
     """A task: data, collator, metrics, the Auto class. Its fields are the keys of ``task`` in a recipe."""
 
-    auto_class: ClassVar[Any]
     pipeline_tag: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
 
+    @property
+    def auto_class(self) -> Any:
+        """Has the ``from_pretrained`` that makes a model with a head for the task."""
+        ...
+
     def load(self) -> Examples:
         """Read and check the data; raises InputError before anything is trained."""
+        ...
+
+    def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """Set what whoever serves the model is to find in its tokenizer; ``config`` is that of the checkpoint."""
         ...
 
     def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
