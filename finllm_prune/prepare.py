@@ -121,6 +121,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     )
     config = load_config(location)
     architecture = find_architecture(config.model_type)
+    _check_gates(recipe, examples)
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
@@ -147,6 +148,14 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
     )
+
+
+def _check_gates(recipe: Recipe, examples: Examples) -> None:
+    """A gate on what another task measures."""
+    metrics = recipe.task.judge(examples).metrics
+    for name in recipe.gates:
+        if name.removesuffix("_retention") not in (*metrics, "agreement", "latency_ratio"):
+            raise InputError(f"gates.{name}: this task does not measure it but {', '.join(metrics)}; name one of these")
 
 
 def _refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,7 @@
 """What can be asked of a saved model: how good it is, and how sparse."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,22 @@ from finllm_prune.evaluation import compare, first_stage_rows, layer_table, qual
 from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
 from finllm_prune.prepare import label_order, load_config, load_model, load_tokenizer
-from finllm_prune.tasks import find_task
+from finllm_prune.recipe import Recipe
+from finllm_prune.tasks import Task, find_task
 
 Rows = list[tuple[str, ...]]
 
 
 def evaluate_saved(
-    model: str, task_name: str, dataset: str, baseline: str | None, max_length: int | None = None
-) -> tuple[dict[str, Any], Rows]:
+    model: str, task_name: str | None = None, dataset: str | None = None, baseline: str | None = None,
+    max_length: int | None = None, recipe: Path | None = None,
+) -> tuple[dict[str, Any], Rows]:  # fmt: skip
     """Measure a saved model on a task's test split.
+
+    Args:
+        task_name, dataset, max_length: instead of the recipe's; without a recipe the built-in sentiment task.
+        baseline: the dense model to compare with.
+        recipe: whose task prepares the texts (pairs, masks, windows); None takes the ``recipe.yaml`` beside the model, if any.
 
     Returns:
         All figures, and the rows of a table: (what, value), or (what, dense, pruned) with a baseline.
@@ -30,8 +37,7 @@ def evaluate_saved(
     Raises:
         InputError: the model's labels are not those of the data, or one of them cannot be read.
     """
-    given = {} if max_length is None else {"max_length": max_length}
-    task = find_task(task_name)(dataset=dataset, **given)  # type: ignore[call-arg]
+    task = _task(recipe or Path(model) / "recipe.yaml", task_name, dataset=dataset, max_length=max_length)
     examples = task.load()
     logits = {}
     for name in dict.fromkeys([baseline or model, model]):
@@ -56,6 +62,16 @@ def evaluate_saved(
         (name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()
     ]
     return figures, rows + [(what, value) for what, value, _ in first_stage_rows(examples.facts)]
+
+
+def _task(recipe: Path, name: str | None, **changes: Any) -> Task:
+    """The recipe's task where there is a recipe and it is of this task, with what is given changed."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    if recipe.is_file() or recipe.name != "recipe.yaml":
+        task = Recipe.load(recipe).task
+        if name is None or isinstance(task, find_task(name)):
+            return replace(task, **given)  # type: ignore[type-var]
+    return find_task(name or "sentiment")(**given)
 
 
 def inspect_saved(model: str) -> Rows:

@@ -1,6 +1,6 @@
-"""Classification, of which sentiment and filings are kinds: one text, or a text and what it is about, and one of some labels.
+"""Classification, of which sentiment and filings are kinds: one text, or a text and what it is about, and what is said of it.
 
-Not covered: several labels per text; scores as such (regression), which are learned as classes by ``thresholds``.
+That is one of some labels, several of them (``label_sets``), or a number (``scores``).
 """
 
 import bisect
@@ -22,16 +22,19 @@ from transformers import (
 )
 
 from finllm_prune.errors import InputError
-from finllm_prune.judges import ClassJudge, Judge
+from finllm_prune.judges import ClassJudge, Judge, LabelSetJudge, ScoreJudge
 from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.ends import first_tokens
+from finllm_prune.tasks.label_sets import LabelSetLoss, LabelSets, positive_weights
 from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
 from finllm_prune.tasks.rows import BadRows, Choice
+from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, leakage, without_copies
 from finllm_prune.tasks.task import BUILTIN, Examples, Loss, check_columns, read_splits, split_files, take
 
 Tables = dict[str, datasets.Dataset]
+_SCORE = "score"  # what the one output of a regression is called
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,15 @@ class Classification:
         text_column: the column of the text.
         label_column: the column of the label, a name or a class index.
         labels: class names in the order of their indices; None takes those of the data, sorted.
+        scores: the label is a number, which is learned as such (regression).
+        label_sets: each row has several labels, or none.
         max_length: tokens; longer texts are cut.
         train_rows: train on a fixed random sample of this many rows; None takes all.
         pair_column: a second text of each row, as the aspect or target that the label is about.
         thresholds: ascending scores that divide the label column into ``labels``, one fewer than these; the lower class ends
             below its threshold.
-        class_weights: ``balanced`` or a weight for each class name, of its rows in the loss.
+        class_weights: ``balanced`` or a weight for each class name, of its rows in the loss; of label sets the rows that have
+            the label.
         focal_gamma: above 0, the focal loss: what is predicted well counts less (2 is usual).
         split: make all splits anew; None takes those of the data.
         deduplicate: drop rows that come again in a later split, but for case, spaces, digits and punctuation.
@@ -67,6 +73,8 @@ class Classification:
     text_column: str = "text"
     label_column: str = "label"
     labels: list[str] | None = None
+    scores: Scores | None = None
+    label_sets: LabelSets | None = None
     max_length: int = 128
     train_rows: int | None = None
     pair_column: str | None = None
@@ -85,6 +93,7 @@ class Classification:
             raise InputError(f"task.max_length: a text needs at least 3 tokens, not {self.max_length}")
         if self.focal_gamma < 0:
             raise InputError(f"task.focal_gamma: the power is not negative, as {self.focal_gamma:g} is")
+        self._refuse_beside_other_labels()
         if self.thresholds is not None:
             if self.labels is None or len(self.labels) != len(self.thresholds) + 1:
                 raise InputError(
@@ -101,8 +110,8 @@ class Classification:
             raise InputError(
                 f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}; add them, or set task.split"
             )
-        labels = self._names(raw, source) if self.labels is None else self.labels
-        if len(set(labels)) < max(2, len(labels)):
+        labels = self.labels or (self._names(raw, source) if self.scores is None else [_SCORE])
+        if self.labels == [] or (self.scores is None and len(set(labels)) < max(2, len(labels))):
             raise InputError(f"task.labels: at least two different class names are needed, not {labels}")
         tables = {name: raw[name] for name in SPLITS if name in raw}
         for name, rows in tables.items():
@@ -127,15 +136,20 @@ class Classification:
         if self.deduplicate:
             splits, facts["dropped_copies"] = without_copies(splits)
         facts["leakage"] = leakage(splits)
+        if self.scores is not None:
+            facts["scores"] = {name: _summary(list(rows["label"])) for name, rows in splits.items()}
         return Examples(splits, labels, source, facts)
 
     def loss(self, examples: Examples) -> Loss | None:
-        """Weighted by class, or focal, where that is asked for."""
-        if self.class_weights is None and self.focal_gamma == 0:
+        """That of scores or label sets; of classes one weighted or focal, where that is asked for."""
+        if self.scores is not None:
+            return self.scores.loss
+        asked, rows = self.class_weights, examples.splits["train"]["label"]
+        if self.label_sets is not None:
+            return LabelSetLoss(None if asked is None else positive_weights(asked, examples.labels, list(rows)))
+        if asked is None and self.focal_gamma == 0:
             return None
-        rows = list(examples.splits["train"]["label"])
-        asked = self.class_weights
-        return SkewLoss(None if asked is None else class_weights(asked, examples.labels, rows), self.focal_gamma)
+        return SkewLoss(None if asked is None else class_weights(asked, examples.labels, list(rows)), self.focal_gamma)
 
     def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
         """It serves as it is."""
@@ -158,10 +172,23 @@ class Classification:
 
     def head_config(self, labels: list[str]) -> dict[str, Any]:
         numbers = {name: number for number, name in enumerate(labels)}
-        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
+        one = "regression" if self.scores is not None else "single_label_classification"
+        kind = one if self.label_sets is None else "multi_label_classification"
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": numbers,
+            "problem_type": kind,
+        }
 
     def judge(self, examples: Examples, split: str = "test") -> Judge:
-        return ClassJudge(np.array(examples.splits[split]["label"]), examples.labels, self.metrics)
+        right = np.array(examples.splits[split]["label"])
+        if self.scores is not None:
+            return ScoreJudge(right, self.scores.metrics, self.scores.tolerance)
+        if self.label_sets is not None:
+            metrics = tuple(name for name in self.metrics if name != "mcc")
+            return LabelSetJudge(right.astype(np.int64), examples.labels, metrics, self.label_sets.threshold)
+        return ClassJudge(right, examples.labels, self.metrics)
 
     def read_text(self, text: str) -> str:
         """What of a text is there to be learned from."""
@@ -192,14 +219,13 @@ class Classification:
                 for row, text in zip(rows, made[name], strict=True):
                     if not text.strip():
                         bad.add(split, row, "no text", f"has no text in column '{column}'")
-            made["label"] = self._indices(batch[self.label_column], labels)
+            made["label"] = self._labels(batch[self.label_column], labels)
             for row, value, label in zip(rows, batch[self.label_column], made["label"], strict=True):
                 if label is None:
-                    what = f"has the unknown label {value!r}; known are {', '.join(labels)}"
-                    bad.add(split, row, "unknown label", what)
+                    bad.add(split, row, *self._fault(value, labels))
             return made
 
-        types = dict.fromkeys(texts, datasets.Value("string")) | {"label": datasets.Value("int64")}
+        types = dict.fromkeys(texts, datasets.Value("string")) | {"label": self._label_type()}
         asked = list(dict.fromkeys([*texts.values(), self.label_column]))
         return rewritten(raw.select_columns(asked), read, datasets.Features(types))
 
@@ -228,14 +254,51 @@ class Classification:
                     bad.add(split, row, "no place in the split", what)
         return keys
 
-    def _indices(self, values: Sequence[Any], labels: list[str]) -> list[int | None]:
-        """Names, indices or scores -> indices; None for what is neither."""
+    def _label_type(self) -> Any:
+        if self.label_sets is not None:
+            return datasets.List(datasets.Value("float32"))
+        return datasets.Value("int64" if self.scores is None else "float64")
+
+    def _labels(self, values: Sequence[Any], labels: list[str]) -> list[Any]:
+        """What is learned of these values of the label column: indices, numbers, or 0 and 1 for each label; None for others."""
+        if self.scores is not None:
+            return self.scores.read(values)
+        if self.label_sets is not None:
+            return self.label_sets.read(values, labels)
         if (thresholds := self.thresholds) is not None:
-            scores = [value if isinstance(value, int | float | str) else None for value in values]
-            numbers = pd.to_numeric(pd.Series(scores, dtype=object), errors="coerce")
-            return [None if pd.isna(number) else bisect.bisect_right(thresholds, float(number)) for number in numbers]
+            numbers = Scores().read(values)
+            return [None if number is None else bisect.bisect_right(thresholds, number) for number in numbers]
         index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
         return [index.get(value) if isinstance(value, str | int | float) else None for value in values]
+
+    def _fault(self, value: Any, labels: list[str]) -> tuple[str, str]:
+        """What is wrong with a value of the label column: its kind, and a predicate."""
+        if self.scores is not None:
+            return "no number", f"has {value!r} in column '{self.label_column}', which is no number"
+        if self.label_sets is not None and self.label_sets.split(value) is None:
+            what = (
+                f"has no list of labels in column '{self.label_column}' but {value!r}; name task.label_sets.separator"
+            )
+            return "no list", what
+        return "unknown label", f"has the unknown label {value!r}; known are {', '.join(labels)}"
+
+    def _refuse_beside_other_labels(self) -> None:
+        """Keys for one class of each row do not go with numbers or sets."""
+        if self.scores is None and self.label_sets is None:
+            return
+        kind, own = ("scores", "numbers") if self.scores is not None else ("label_sets", "several labels")
+        given: dict[str, Any] = {
+            "label_sets": self.scores and self.label_sets,
+            "thresholds": self.thresholds,
+            "focal_gamma": self.focal_gamma,
+        }
+        if self.scores is not None:
+            given |= {"labels": self.labels, "class_weights": self.class_weights}
+        for key, value in given.items():
+            if value:
+                raise InputError(
+                    f"task.{key}: this does not go with task.{kind}, where rows have {own}; remove one of the two"
+                )
 
     def _without_names(self, splits: Tables, names: list[str]) -> tuple[Tables, dict[str, int]]:
         """All texts without names and figures, as asked for; and split -> rows in which there was a name."""
@@ -284,13 +347,16 @@ class Classification:
         ]
         values = [value for column in columns for value in column if value is not None]
         feature = next(iter(taken.values())).features[self.label_column]
+        if self.label_sets is not None:
+            values = [name for value in values for name in self.label_sets.split(value) or ()]
+            feature = getattr(feature, "feature", feature)
         if isinstance(feature, datasets.ClassLabel):
             return list(feature.names)
         others = [value for value in values if not isinstance(value, str)]
         if any(isinstance(value, float) and not value.is_integer() for value in others):
             raise InputError(
-                f"task.thresholds: column '{self.label_column}' of {source} holds scores, and nothing here does regression: "
-                "give the scores that divide the classes of task.labels, as thresholds: [-0.2, 0.2]"
+                f"task.thresholds: column '{self.label_column}' of {source} holds scores: learn them as such by "
+                "task.scores: {}, or give those that divide the classes of task.labels, as thresholds: [-0.2, 0.2]"
             )
         if others:
             raise InputError(
@@ -304,6 +370,10 @@ class Classification:
                 "there is nothing to learn"
             )
         return names
+
+
+def _summary(numbers: list[float]) -> dict[str, float]:
+    return {"lowest": min(numbers), "mean": float(np.mean(numbers)), "highest": max(numbers)}
 
 
 def _values(tables: Tables, column: str, rows: dict[str, list[int]] | None = None) -> list[Any]:

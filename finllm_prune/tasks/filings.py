@@ -1,4 +1,4 @@
-"""Filings: one long document, one of 2 to 100+ classes. Not covered: several labels per document."""
+"""Filings: one long document, one of 2 to 100+ classes, or several of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,11 +9,14 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
+from finllm_prune.judges import ClassJudge, Judge
 from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.classification import Classification, columns_of
 from finllm_prune.tasks.ends import both_ends
 from finllm_prune.tasks.markup import plain_text
 from finllm_prune.tasks.task import Examples
+
+_FEW = 3  # classes, among whose three likeliest the right one always is
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Filings(Classification):
         if self.dataset == "builtin":
             examples = dataclasses.replace(examples, source="the passages of filings that finllm-prune embeds")
         return examples
+
+    def judge(self, examples: Examples, split: str = "test") -> Judge:
+        judge = super().judge(examples, split)
+        if isinstance(judge, ClassJudge) and len(examples.labels) > _FEW:
+            return dataclasses.replace(judge, metrics=(*self.metrics, "top3_accuracy"))
+        return judge
 
     def read_text(self, text: str) -> str:
         return plain_text(text) if self.clean else text

@@ -29,8 +29,8 @@ class Examples:
     """A data set, read and checked but not yet tokenized.
 
     Args:
-        splits: "train", "validation", "test" -> rows with ``text`` (str) and ``label`` (int), and ``pair`` (str) where a
-            label is of two texts.
+        splits: "train", "validation", "test" -> rows with ``text`` (str) and ``label``, and ``pair`` (str) where a label is of
+            two texts. A label is the index of a class, a number (float), or 1 and 0 for each of several labels.
         labels: the class names, by index.
         source: where the rows come from, in words.
         facts: what was done to the rows and found in them, for the report.
@@ -48,7 +48,7 @@ class Examples:
             return self
 
         def turn(batch: Batch, _: Sequence[int]) -> Batch:
-            return batch | {"label": [index[label] for label in batch["label"]]}
+            return batch | {"label": [_moved(label, index) for label in batch["label"]]}
 
         splits = {name: rewritten(rows, turn, rows.features) for name, rows in self.splits.items()}
         return replace(self, splits=splits, labels=labels)
@@ -60,7 +60,13 @@ class Examples:
 
     def counts(self, split: str) -> dict[str, int]:
         """Label -> rows of a split."""
-        return dict(Counter(self.labels[i] for i in self.splits[split]["label"]))
+        return dict(Counter(name for label in self.splits[split]["label"] for name in self._names(label)))
+
+    def _names(self, label: int | float | list[float]) -> list[str]:
+        """The labels of a row; a number has none."""
+        if isinstance(label, float):
+            return []
+        return [self.labels[label]] if isinstance(label, int) else [self.labels[i] for i, on in enumerate(label) if on]
 
     def fingerprint(self) -> str:
         """sha256 over all rows of all splits, in order."""
@@ -68,8 +74,19 @@ class Examples:
         for name, rows in self.splits.items():
             pairs = [f"{pair}\0" for pair in rows["pair"]] if "pair" in rows.column_names else [""] * len(rows)
             for text, pair, label in zip(rows["text"], pairs, rows["label"], strict=True):
-                digest.update(f"{name}\0{text}\0{pair}{self.labels[label]}\0".encode())
+                named = repr(label) if isinstance(label, float) else "\1".join(sorted(self._names(label)))
+                digest.update(f"{name}\0{text}\0{pair}{named}\0".encode())
         return digest.hexdigest()
+
+
+def _moved(label: int | list[float], index: list[int]) -> int | list[float]:
+    """A label where class i has become class ``index[i]``."""
+    if isinstance(label, int):
+        return index[label]
+    moved = [0.0] * len(index)
+    for i, on in zip(index, label, strict=True):
+        moved[i] = on
+    return moved
 
 
 class Task(Protocol):
