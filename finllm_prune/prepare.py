@@ -314,7 +314,7 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     Raises:
         InputError: they are other classes, and ``must_match`` names a checkpoint that has to know them.
     """
-    own = [name.lower() for name in _names(config)]
+    own = [name.lower() for name in class_names(config)]
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
     if len(labels) == 1 and (len(own) == 1 or causal):
         return labels  # one output means the same whatever it is called
@@ -384,7 +384,7 @@ def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
         (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
 
 
-def _names(config: PreTrainedConfig) -> list[str]:
+def class_names(config: PreTrainedConfig) -> list[str]:
     """The class names of a checkpoint, by index."""
     names: dict[Any, str] = dict(config.id2label or {})
     return [str(names[i]) for i in sorted(names)]
@@ -397,7 +397,7 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
     key, name = "distillation.teacher", recipe.distillation.teacher
     location, _ = locate(name, key)
     config = load_config(location, key)
-    if (known := _names(config)) != examples.labels and max(len(known), len(examples.labels)) > 1:
+    if (known := class_names(config)) != examples.labels and max(len(known), len(examples.labels)) > 1:
         raise InputError(
             f"{key}: {name} predicts {', '.join(known)}, not {', '.join(examples.labels)} in this order; "
             "name a teacher that was fine-tuned on the same labels"

@@ -1,11 +1,14 @@
 """What can be asked of a saved model: how good it is, and how sparse."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModel
 
 from finllm_prune.checkpoints import is_served, serve
@@ -13,9 +16,10 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows
 from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
-from finllm_prune.prepare import label_order, load_config, load_model, load_tokenizer
+from finllm_prune.prepare import class_names, label_order, load_config, load_model, load_tokenizer
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Task, find_task
+from finllm_prune.tasks.classification import Classification
 
 Rows = list[tuple[str, ...]]
 
@@ -62,6 +66,26 @@ def evaluate_saved(
         (name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()
     ]
     return figures, rows + [(what, value) for what, value, _ in first_stage_rows(examples.facts)]
+
+
+def ask(model: str, texts: Sequence[str]) -> Tensor:
+    """The logits (texts, outputs) of an exported model, each text prepared and read as in the training of its recipe.
+
+    Cleaned, masked, cut or read in windows: what a ``pipeline`` does not know of. Pairs of texts are not covered.
+
+    Raises:
+        InputError: no recipe of a classification lies beside the model.
+    """
+    location, _ = locate(model, served=True)
+    task = _task(Path(location) / "recipe.yaml", None)
+    if not isinstance(task, Classification) or not (Path(location) / "recipe.yaml").is_file():
+        raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
+    config, tokenizer = load_config(location), load_tokenizer(location)
+    labels = class_names(config)
+    rows = datasets.Dataset.from_dict({"text": [task.prepared(text) for text in texts], "label": [0] * len(texts)})
+    tokens = task.tokenize(rows, tokenizer).remove_columns("labels")
+    answers = serve(Path(location)) if is_served(Path(location)) else load_model(task, location, labels)
+    return logits_of(answers, tokens, task.collator(tokenizer))
 
 
 def _task(recipe: Path, name: str | None, **changes: Any) -> Task:

@@ -190,6 +190,13 @@ class Classification:
             return LabelSetJudge(right.astype(np.int64), examples.labels, metrics, self.label_sets.threshold)
         return ClassJudge(right, examples.labels, self.metrics)
 
+    def prepared(self, text: str) -> str:
+        """A text of which no label is known, as those of the data are prepared; of names, the listed ones are masked."""
+        text = self.read_text(text)
+        if self.mask is not None:
+            text = Masker(self.mask.listed(), self.mask.word)(text)
+        return normalise_numbers(text) if self.normalise_numbers else text
+
     def read_text(self, text: str) -> str:
         """What of a text is there to be learned from."""
         return text

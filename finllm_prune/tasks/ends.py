@@ -14,7 +14,7 @@ def first_tokens(texts: Sequence[str], limit: int, tokenizer: PreTrainedTokenize
     """The first ``limit`` tokens of each text, special ones included, as the tokenizer cuts the whole text."""
     if tokenizer.truncation_side != "right":
         return _encode(texts, tokenizer, limit)
-    starts = [_start(text, _CHARACTERS * limit) for text in texts]
+    starts = [start_of(text, limit) for text in texts]
     found = _encode(starts, tokenizer, limit)
     # Few tokens of many characters: white space, or a word without end.
     short = [i for i, ids in enumerate(found) if len(ids) < limit and len(starts[i]) < len(texts[i])]
@@ -33,9 +33,8 @@ def both_ends(texts: Sequence[str], limit: int, head: float, tokenizer: PreTrain
 
 
 def _both_ends(text: str, first: int, last: int, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    looked_at = _CHARACTERS * (first + last)
-    if len(text) > 2 * looked_at:
-        start, end = _encode([_start(text, looked_at), _end(text, looked_at)], tokenizer)
+    if len(text) > 2 * _CHARACTERS * (first + last):
+        start, end = _encode([start_of(text, first + last), _end_of(text, first + last)], tokenizer)
         if len(start) > first and len(end) > last + _MARGIN:
             return start[:first] + end[-last:]
     (ids,) = _encode([text], tokenizer)
@@ -48,16 +47,17 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int
     return ids
 
 
-def _start(text: str, length: int) -> str:
-    """The first characters; cut before a white space, so that no word is cut in two."""
+def start_of(text: str, tokens: int) -> str:
+    """Characters that mostly hold so many tokens, cut before a white space, so that no word is cut in two."""
+    length = _CHARACTERS * tokens
     if len(text) <= length:
         return text
     words = text[:length].rsplit(None, 1)
     return words[0] if len(words) == 2 else text
 
 
-def _end(text: str, length: int) -> str:
-    """The last characters, from a white space on."""
-    end = text[-length:]
+def _end_of(text: str, tokens: int) -> str:
+    """The same of the last tokens, from a white space on."""
+    end = text[-_CHARACTERS * tokens :]
     words = end.split(None, 1)
     return end[len(end) - len(words[1]) - 1 :] if len(words) == 2 else text
