@@ -57,7 +57,7 @@ def run(
         return
     _print_rows(report.rows(), "dense against pruned, test split")
     if report.quality.collapsed:
-        console.print("[bold red]The pruned model has collapsed: it predicts one class for every text.")
+        console.print(f"[bold red]The pruned model has collapsed: it {report.quality.collapse}.")
     if report.target is not None and not report.target["met"]:
         console.print(
             f"[bold red]The target was missed: {report.target['kind']} {report.target['asked']:g} asked, "

@@ -37,6 +37,11 @@ class Quality:
     collapsed: bool
     unit: str = "row"
 
+    @property
+    def collapse(self) -> str:
+        """What a collapsed model does."""
+        return "scores all passages of a query alike" if self.unit == "query" else "predicts one class for every text"
+
 
 def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resamples: int = 999) -> Quality:
     """Hold the logits of a pruned model against those of the dense one.

@@ -82,9 +82,9 @@ def _linked(name: str) -> str:
 
 def _verdict(report: Report) -> str:
     if report.quality.collapsed:
-        return "**COLLAPSED: this model predicts one class for every text. Do not use it.**"
+        return f"**COLLAPSED: this model {report.quality.collapse}. Do not use it.**"
     if collapsed := [name for name, quality in report.exported.items() if quality.collapsed]:
-        return f"**COLLAPSED: {', '.join(collapsed)} predicts one class for every text. Do not use it.**"
+        return f"**COLLAPSED: {', '.join(collapsed)} {report.quality.collapse}. Do not use it.**"
     missed = ""
     if report.target is not None and not report.target["met"]:
         missed = f" **MISSED the target: {report.target['kind']} {report.target['asked']:g} of the dense model's was asked.**"

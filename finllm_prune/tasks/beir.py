@@ -56,7 +56,8 @@ def read_beir(dataset: str, builtin: Path, choice: Choice) -> Retrieval:
 
     A folder holds ``corpus.jsonl`` and ``queries.jsonl`` (each may be .gz), ``qrels/{train,validation or dev,test}.tsv``, and
     maybe ``candidates/<split>.tsv`` of another first stage: query id, passage id, best first. On the Hub both
-    ``BeIR/fiqa`` (with ``BeIR/fiqa-qrels``) and ``mteb/fiqa`` (configs corpus, queries and default) are read.
+    ``BeIR/fiqa`` (with ``BeIR/fiqa-qrels``) and ``mteb/fiqa`` (configs corpus, queries and default) are read, and folders
+    into which such a repository was downloaded.
 
     Raises:
         InputError: something is not there, or a row is bad and bad rows are refused.
@@ -64,7 +65,8 @@ def read_beir(dataset: str, builtin: Path, choice: Choice) -> Retrieval:
     if dataset == "builtin":
         tables, source = _folder(builtin), "the questions and passages that finllm-prune embeds"
     elif (folder := Path(dataset)).is_dir():
-        tables, source = _folder(folder), f"the local folder {folder.name}"
+        is_copy = not any(folder.glob("corpus.jsonl*")) and (folder / "README.md").is_file()
+        tables, source = _hub(dataset) if is_copy else _folder(folder), f"the local folder {folder.name}"
     elif folder.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
         raise InputError(f"task.dataset: there is no folder '{dataset}'; name a folder, a Hub id, or builtin")
     else:

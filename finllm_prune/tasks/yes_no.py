@@ -71,7 +71,11 @@ def asks_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def asked(tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], limit: int) -> list[list[int]]:
-    """The token ids of each question; where one is too long the passage loses its end, and what follows it stays."""
+    """The token ids of each question; where one is too long the passage loses its end, and what follows it stays.
+
+    Raises:
+        InputError: the prompt leaves no room for a query and a passage.
+    """
 
     def whole(pairs: list[tuple[str, str]]) -> list[list[int]]:
         texts = tokenizer.apply_chat_template(
@@ -81,6 +85,8 @@ def asked(tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list
         return ids
 
     one, other = whole([("0", "0"), ("0", "1 2 3 4")])
+    if len(one) + 8 > limit:
+        raise InputError(f"task.max_length: the prompt alone has {len(one) - 2} of {limit} tokens; raise it")
     tail = 0
     while one[-1 - tail] == other[-1 - tail]:
         tail += 1
