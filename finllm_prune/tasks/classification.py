@@ -182,7 +182,7 @@ class Classification:
         }
 
     def judge(self, examples: Examples, split: str = "test") -> Judge:
-        right = np.array(examples.splits[split]["label"])
+        right = np.array(list(examples.splits[split]["label"]))
         if self.scores is not None:
             return ScoreJudge(right, self.scores.metrics, self.scores.tolerance)
         if self.label_sets is not None:
