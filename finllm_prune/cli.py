@@ -119,7 +119,7 @@ def evaluate(
 
     _refuse_no_folder(json_file)
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
-    _print_rows(rows, f"{model} on the test split" + (f" of {dataset}" if dataset else ""))
+    _print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
