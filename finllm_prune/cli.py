@@ -115,9 +115,12 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Measure a model on a test split; with --baseline, hold it against the dense one."""
+    import datasets
+
     from finllm_prune.saved import evaluate_saved
 
     _refuse_no_folder(json_file)
+    datasets.disable_progress_bars()
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
     _print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:

@@ -110,8 +110,8 @@ class Classification:
             raise InputError(
                 f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}; add them, or set task.split"
             )
-        labels = self.labels or (self._names(raw, source) if self.scores is None else [_SCORE])
-        if self.labels == [] or (self.scores is None and len(set(labels)) < max(2, len(labels))):
+        labels = self._names(raw, source) if self.labels is None else self.labels
+        if self.scores is None and len(set(labels)) < max(2, len(labels)):
             raise InputError(f"task.labels: at least two different class names are needed, not {labels}")
         tables = {name: raw[name] for name in SPLITS if name in raw}
         for name, rows in tables.items():
@@ -347,6 +347,8 @@ class Classification:
 
     def _names(self, raw: datasets.DatasetDict, source: str) -> list[str]:
         """The labels of the training rows; of all rows where training rows are yet to be drawn."""
+        if self.scores is not None:
+            return [_SCORE]
         taken = {name: raw[name] for name in (raw if self.split else ["train"])}
         columns = [
             take(rows, {"label_column": self.label_column}, f"{source}, split {name}")["label_column"]
