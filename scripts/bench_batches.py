@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from finllm_prune.hub.base_model import locate
+from finllm_prune.prepare import without_load_report
 from finllm_prune.tasks.sentiment import Sentiment
 from finllm_prune.training import PruningTrainer
 
@@ -38,7 +39,8 @@ Side = Callable[[Sentiment, datasets.Dataset, PreTrainedTokenizerBase, TrainingA
 def model_for(labels: int) -> AutoModelForSequenceClassification:
     """The same fresh head on all sides."""
     set_seed(0)
-    return AutoModelForSequenceClassification.from_pretrained(LOCATION, num_labels=labels)
+    with without_load_report():
+        return AutoModelForSequenceClassification.from_pretrained(LOCATION, num_labels=labels)
 
 
 def bucketed(

@@ -166,7 +166,7 @@ def test_a_model_of_one_number_is_collapsed_and_two_equal_models_are_not_told_ap
     assert broken.collapsed
 
 
-def test_a_loss_in_several_sequences_or_one_row(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_numbers_reach_the_model_as_floats(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = datasets.Dataset.from_dict({"text": ["Sales rose."], "label": [0.5]})
     task = Sentiment(scores=Scores())
     batch = task.collator(tokenizer)(list(task.tokenize(rows, tokenizer)))
