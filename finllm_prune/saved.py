@@ -82,7 +82,7 @@ def ask(model: str, texts: Sequence[str]) -> Tensor:
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
     config, tokenizer = load_config(location), load_tokenizer(location)
     labels = class_names(config)
-    rows = datasets.Dataset.from_dict({"text": [task.prepared(text) for text in texts], "label": [0] * len(texts)})
+    rows = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": [0] * len(texts)})
     tokens = task.tokenize(rows, tokenizer).remove_columns("labels")
     answers = serve(Path(location)) if is_served(Path(location)) else load_model(task, location, labels)
     return logits_of(answers, tokens, task.collator(tokenizer))

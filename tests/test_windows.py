@@ -174,4 +174,4 @@ def test_a_text_in_use_is_prepared_as_in_training(tmp_path: Path) -> None:
     task = build(
         Filings, {"clean": True, "normalise_numbers": True, "mask": {"names": str(tmp_path / "names.txt")}}, "task"
     )
-    assert task.prepared("<b>Acme</b> sold 1,250 units.") == "COMPANY sold 0 units."
+    assert task.prepared(["<b>Acme</b> sold 1,250 units."]) == ["COMPANY sold 0 units."]

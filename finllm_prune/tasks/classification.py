@@ -190,12 +190,12 @@ class Classification:
             return LabelSetJudge(right.astype(np.int64), examples.labels, metrics, self.label_sets.threshold)
         return ClassJudge(right, examples.labels, self.metrics)
 
-    def prepared(self, text: str) -> str:
-        """A text of which no label is known, as those of the data are prepared; of names, the listed ones are masked."""
-        text = self.read_text(text)
+    def prepared(self, texts: Sequence[str]) -> list[str]:
+        """Texts of which no label is known, as those of the data are prepared; of names, the listed ones are masked."""
+        texts = [self.read_text(text) for text in texts]
         if self.mask is not None:
-            text = Masker(self.mask.listed(), self.mask.word)(text)
-        return normalise_numbers(text) if self.normalise_numbers else text
+            texts = list(map(Masker(self.mask.listed(), self.mask.word), texts))
+        return list(map(normalise_numbers, texts)) if self.normalise_numbers else texts
 
     def read_text(self, text: str) -> str:
         """What of a text is there to be learned from."""
