@@ -41,7 +41,7 @@ def evaluate_saved(
     Raises:
         InputError: the model's labels are not those of the data, or one of them cannot be read.
     """
-    task = _task(recipe or Path(model) / "recipe.yaml", task_name, dataset=dataset, max_length=max_length)
+    task = _task(recipe or _beside(model), task_name, dataset=dataset, max_length=max_length)
     examples = task.load()
     logits = {}
     for name in dict.fromkeys([baseline or model, model]):
@@ -77,8 +77,9 @@ def ask(model: str, texts: Sequence[str]) -> Tensor:
         InputError: no recipe of a classification lies beside the model.
     """
     location, _ = locate(model, served=True)
-    task = _task(Path(location) / "recipe.yaml", None)
-    if not isinstance(task, Classification) or not (Path(location) / "recipe.yaml").is_file():
+    recipe = _beside(location)
+    task = _task(recipe, None)
+    if recipe is None or not isinstance(task, Classification):
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
     config, tokenizer = load_config(location), load_tokenizer(location)
     labels = class_names(config)
@@ -88,10 +89,16 @@ def ask(model: str, texts: Sequence[str]) -> Tensor:
     return logits_of(answers, tokens, task.collator(tokenizer))
 
 
-def _task(recipe: Path, name: str | None, **changes: Any) -> Task:
+def _beside(model: str) -> Path | None:
+    """The recipe that a run left in the folder of a model."""
+    path = Path(model) / "recipe.yaml"
+    return path if path.is_file() else None
+
+
+def _task(recipe: Path | None, name: str | None, **changes: Any) -> Task:
     """The recipe's task where there is a recipe and it is of this task, with what is given changed."""
     given = {key: value for key, value in changes.items() if value is not None}
-    if recipe.is_file() or recipe.name != "recipe.yaml":
+    if recipe is not None:
         task = Recipe.load(recipe).task
         if name is None or isinstance(task, find_task(name)):
             return replace(task, **given)  # type: ignore[type-var]

@@ -164,7 +164,7 @@ def test_a_recipe_can_be_named_and_another_task_has_none(
         assert call("evaluate", model, "--recipe", path, "--max-length", "20") == 0
         assert call("evaluate", model, "--task", "filings", "--dataset", tmp_path / "data") == 0
     assert [(task.strategy, task.max_length) for task in seen] == [("windows", 20), ("head", 512)]
-    assert call("evaluate", model, "--recipe", tmp_path / "absent.yaml") == 2
+    assert call("evaluate", model, "--recipe", tmp_path / "absent" / "recipe.yaml") == 2
     with pytest.raises(InputError, match=r"no recipe\.yaml of a classification lies there; name a folder that a run"):
         ask(str(model), ["Sales rose."])
 
