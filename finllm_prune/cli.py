@@ -98,8 +98,16 @@ def plan(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A saved model or Hub id.")],
-    task: Annotated[str, typer.Option(help="The task, as sentiment.")] = "sentiment",
-    dataset: Annotated[str, typer.Option(help="builtin, a folder of splits, or a Hub id.")] = "builtin",
+    task: Annotated[str | None, typer.Option(help="The task; by default the recipe's, or sentiment.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="builtin, a folder of splits, or a Hub id; by default the recipe's, or builtin.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Says how texts are prepared (pairs, masks, windows); by default the recipe.yaml beside the model."
+        ),
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens; longer texts are cut. By default as the task does it.")
@@ -107,11 +115,14 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Measure a model on a test split; with --baseline, hold it against the dense one."""
+    import datasets
+
     from finllm_prune.saved import evaluate_saved
 
     _refuse_no_folder(json_file)
-    figures, rows = evaluate_saved(model, task, dataset, baseline, max_length)
-    _print_rows(rows, f"{model} on {dataset}")
+    datasets.disable_progress_bars()
+    figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
+    _print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -121,6 +121,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     )
     config = load_config(location)
     architecture = find_architecture(config.model_type)
+    _check_gates(recipe, examples)
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
@@ -147,6 +148,14 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
     )
+
+
+def _check_gates(recipe: Recipe, examples: Examples) -> None:
+    """A gate on what another task measures."""
+    metrics = recipe.task.judge(examples).metrics
+    for name in recipe.gates:
+        if name.removesuffix("_retention") not in (*metrics, "agreement", "latency_ratio"):
+            raise InputError(f"gates.{name}: this task does not measure it but {', '.join(metrics)}; name one of these")
 
 
 def _refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -305,7 +314,7 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     Raises:
         InputError: they are other classes, and ``must_match`` names a checkpoint that has to know them.
     """
-    own = [name.lower() for name in _names(config)]
+    own = [name.lower() for name in class_names(config)]
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
     if len(labels) == 1 and (len(own) == 1 or causal):
         return labels  # one output means the same whatever it is called
@@ -375,7 +384,7 @@ def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
         (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
 
 
-def _names(config: PreTrainedConfig) -> list[str]:
+def class_names(config: PreTrainedConfig) -> list[str]:
     """The class names of a checkpoint, by index."""
     names: dict[Any, str] = dict(config.id2label or {})
     return [str(names[i]) for i in sorted(names)]
@@ -388,7 +397,7 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
     key, name = "distillation.teacher", recipe.distillation.teacher
     location, _ = locate(name, key)
     config = load_config(location, key)
-    if (known := _names(config)) != examples.labels and max(len(known), len(examples.labels)) > 1:
+    if (known := class_names(config)) != examples.labels and max(len(known), len(examples.labels)) > 1:
         raise InputError(
             f"{key}: {name} predicts {', '.join(known)}, not {', '.join(examples.labels)} in this order; "
             "name a teacher that was fine-tuned on the same labels"

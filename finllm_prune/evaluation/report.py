@@ -7,13 +7,15 @@ from typing import Any
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.quality import Quality
+from finllm_prune.metrics import ERRORS
 
-GATES = {
-    "accuracy": "min", "macro_f1": "min", "mcc": "min", "agreement": "min", "latency_ratio": "max",
-    "accuracy_retention": "min", "macro_f1_retention": "min", "mcc_retention": "min",
-    "ndcg_at_10": "min", "mrr_at_10": "min", "map": "min", "recall_at_10": "min",
-    "ndcg_at_10_retention": "min", "mrr_at_10_retention": "min", "map_retention": "min", "recall_at_10_retention": "min",
-}  # fmt: skip
+_BETTER = (
+    "accuracy", "macro_f1", "micro_f1", "mcc", "top3_accuracy", "pearson", "spearman", "r2", "ndcg_at_10", "mrr_at_10", "map",
+    "recall_at_10",
+)  # fmt: skip
+GATES = {"agreement": "min", "latency_ratio": "max"}
+GATES |= {name: way for names, way in ((_BETTER, "min"), (ERRORS, "max")) for name in names}
+GATES |= {f"{name}_retention": way for name, way in GATES.items() if name in (*_BETTER, *ERRORS)}
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class Report:
 _TITLES = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC", "targeted": "the targeted weights",
     "encoder_linear": "the encoder's linear weights", "all_parameters": "all parameters",
+    "micro_f1": "micro-F1", "top3_accuracy": "top-3 accuracy", "mse": "mean squared error", "mae": "mean absolute error",
+    "pearson": "Pearson's correlation", "spearman": "Spearman's rank correlation", "r2": "R²",
     "ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "map": "MAP", "recall_at_10": "Recall@10",
 }  # fmt: skip
 
@@ -144,7 +148,8 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
             for kind in ("dense", "pruned")
         )
         out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
-        out.append((f"  retention of {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
+        what = "part of the dense model's" if name in ERRORS else "retention of"
+        out.append((f"  {what} {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
     same = "same passage first" if quality.unit == "query" else "same prediction"
     out.append((f"{same} (agreement)", "", f"{quality.agreement:.1%}"))
     names = " / ".join(name.replace("_to_", "→").replace("_", " ") for name in quality.flips)

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
-import pandas as pd
-
 from finllm_prune.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,9 +73,9 @@ class BadRows:
             logger.warning("task.bad_rows: %d rows are left out: %s%s.", total, "; ".join(named), rest)
         return {split: dict(counter) for split, counter in counts.items() if counter}
 
-    def without(self, split: str, frame: pd.DataFrame) -> pd.DataFrame:
-        """The good rows of a split."""
-        return frame.drop(index=[fault.row for fault in self.found.values() if fault.split == split])
+    def good(self, split: str) -> list[int]:
+        """The rows of a split that are not bad."""
+        return [row for row in range(self.sizes[split]) if (split, row) not in self.found]
 
     def places(self, faults: list[Fault]) -> list[str]:
         """Where rows lie: file and line; or split and row, where lines and rows do not go together."""

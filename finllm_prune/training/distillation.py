@@ -12,7 +12,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.families import find_architecture
 from finllm_prune.inference import Gather, answer
 from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence, uniform_layers
-from finllm_prune.training.logit_losses import kl, margin_mse, mse
+from finllm_prune.training.logit_losses import kl, margin_mse, mse, set_kl
 from finllm_prune.training.projection import Projection
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
@@ -32,7 +32,8 @@ class Distillation:
         alpha: the weight of the teacher's logits against the labels, 0..1.
         temperature: softens both distributions of ``kl``; above 0.
         logits: how logits are compared: ``kl``, ``mse`` or ``margin_mse`` (see ``logit_losses``). ``auto`` takes ``kl`` for
-            classes, ``margin_mse`` for the lists of a reranker, and ``mse`` for other models with one output.
+            classes (of label sets, between the two sides of each label), ``margin_mse`` for the lists of a reranker, and
+            ``mse`` for other models with one output.
         hidden: the weight of the hidden states; 0 leaves them out. A teacher of another width is compared through a
             ``Projection`` that is trained along.
         layers: ``uniform`` pairs each layer of the student with the teacher's at the same relative height (its own, where
@@ -140,6 +141,8 @@ class Teacher:
         kind = self.settings.logits
         if kind == "auto":
             kind = "margin_mse" if is_list else "mse" if one else "kl"
+        if kind == "kl" and self.model.config.problem_type == "multi_label_classification":
+            return set_kl(student, teacher, self.settings.temperature)
         if kind == "kl" and not one:
             return kl(student, teacher, self.settings.temperature)
         if kind == "margin_mse" and is_list and labels is not None:

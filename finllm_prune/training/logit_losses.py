@@ -13,6 +13,15 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature * temperature * divergence
 
 
+def set_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(teacher || student)`` between the two sides of each label, mean over labels, logits (rows, labels)."""
+    own, other = (each.float() / temperature for each in (student, teacher))
+    right = other.sigmoid()
+    # Cross entropy less the teacher's own, so that a perfect student has 0.
+    losses = [F.binary_cross_entropy_with_logits(each, right) for each in (own, other)]
+    return temperature * temperature * (losses[0] - losses[1])
+
+
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """The mean squared difference, whatever the shape: of one output the softmax is 1 and teaches nothing."""
     return F.mse_loss(student.float(), teacher.float())
