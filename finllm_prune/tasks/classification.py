@@ -5,7 +5,7 @@ Not covered: several labels per text; scores as such (regression), which are lea
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, leakage, without_copies
-from finllm_prune.tasks.task import BUILTIN, Examples, Loss, read_splits, split_files, take
+from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, read_splits, split_files, take
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Classification:
         normalise_numbers: each number becomes 0.
         bad_rows: ``refuse`` data with a row that has no text or an unknown label, or ``skip`` such rows, counted.
         id_column: names of rows; one that comes twice is a bad row.
+        config, revision: of a Hub id: which of its configurations, at which branch or commit; None takes its main ones.
+        keep_columns: columns that stay beside the texts, for the slices of a suite.
     """
 
     auto_class: ClassVar = AutoModelForSequenceClassification
@@ -73,6 +75,9 @@ class Classification:
     normalise_numbers: bool = False
     bad_rows: Choice = "refuse"
     id_column: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    keep_columns: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.max_length < 3:
@@ -90,7 +95,7 @@ class Classification:
 
     def load(self) -> Examples:
         left_out: dict[str, list[int]] | None = {} if self.bad_rows == "skip" else None
-        raw, source = read_splits(self.dataset, self.builtin, left_out)
+        raw, source = read_splits(self.dataset, self.builtin, left_out, self.config, self.revision)
         if self.split is None and ("train" not in raw or "test" not in raw):
             raise InputError(
                 f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}; add them, or set task.split"
@@ -153,6 +158,7 @@ class Classification:
             "text_column": self.text_column, "label_column": self.label_column, "pair_column": self.pair_column,
             "id_column": self.id_column, "split.by": self.split.by if self.split else None,
             "mask.column": self.mask.column if self.mask else None,
+            **{f"{KEPT}{column}": column for column in self.keep_columns},
         }  # fmt: skip
         columns = take(raw, {key: column for key, column in asked.items() if column is not None}, where)
         names = {"text_column": "text", "label_column": "label", "pair_column": "pair"}
@@ -283,7 +289,8 @@ def _empty(column: pd.Series) -> list[int]:
 def _rows(frame: pd.DataFrame, split: str) -> datasets.Dataset:
     if frame.empty:
         raise InputError(f"task.dataset: no row of {split} is good; mend the data")
-    return datasets.Dataset.from_dict({column: frame[column].tolist() for column in [*_texts(frame), "label"]})
+    kept = [column for column in frame if column.startswith(KEPT)]
+    return datasets.Dataset.from_dict({column: frame[column].tolist() for column in [*_texts(frame), "label", *kept]})
 
 
 def _keys(frames: dict[str, pd.DataFrame], split: Split) -> dict[str, list[Any]]:
