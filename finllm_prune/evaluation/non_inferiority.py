@@ -37,7 +37,7 @@ class NonInferiority:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Outcome:
     """What was found on one set.
 
     Args:
@@ -62,7 +62,7 @@ class Tested:
         return "worse" if self.interval[1] < -self.margin else "not shown"
 
 
-def not_worse(dense: NDArray[np.float64], pruned: NDArray[np.float64], asked: NonInferiority) -> Tested:
+def not_worse(dense: NDArray[np.float64], pruned: NDArray[np.float64], asked: NonInferiority) -> Outcome:
     """The one-sided paired test of "pruned is worse by ``margin`` or more" against "it is not".
 
     A t test of the units' differences in worth, shifted by the margin (Schuirmann 1987). Where answers are right or wrong and
@@ -82,7 +82,7 @@ def not_worse(dense: NDArray[np.float64], pruned: NDArray[np.float64], asked: No
     error = math.sqrt(variance / units)
     reach = float(stats.t.isf(asked.alpha, freedom)) * error + 1 / units
     power = float(stats.norm.isf(asked.alpha) + stats.norm.ppf(0.8))
-    return Tested(
+    return Outcome(
         margin=asked.margin,
         difference=mean,
         interval=[mean - reach, mean + reach],

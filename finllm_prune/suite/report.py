@@ -9,7 +9,7 @@ import numpy as np
 
 from finllm_prune.evaluation import GATES, Latency, Quality
 from finllm_prune.evaluation.calibration import Calibration
-from finllm_prune.evaluation.non_inferiority import NonInferiority, Tested, Verdict, holm
+from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm
 from finllm_prune.suite.perturbations import PERTURBATIONS
 
 
@@ -47,7 +47,7 @@ class SetResult:
     unit: str
     headline: str
     quality: Quality
-    tested: Tested
+    tested: Outcome
     calibration: dict[str, Calibration] | None
     tax: list[dict[str, Any]]
     slices: list[dict[str, Any]]
