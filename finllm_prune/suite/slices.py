@@ -59,12 +59,11 @@ def _divided(names: Sequence[str]) -> dict[str, Indices]:
 
 
 def _thirds(values: NDArray[Any], unit: str = "") -> dict[str, Indices]:
-    low, high = np.quantile(values, [1 / 3, 2 / 3], method="lower")
-    parts = {
-        f"up to {low:g} {unit}": values <= low,
-        f"up to {high:g} {unit}": (values > low) & (values <= high),
-        f"more than {high:g} {unit}": values > high,
-    }
+    parts, below = {}, -np.inf
+    for edge in np.unique(np.quantile(values, [1 / 3, 2 / 3], method="lower")):
+        parts[f"up to {edge:g} {unit}"] = (values > below) & (values <= edge)
+        below = edge
+    parts[f"more than {below:g} {unit}"] = values > below
     return {name.strip(): np.flatnonzero(rows) for name, rows in parts.items() if rows.any()}
 
 

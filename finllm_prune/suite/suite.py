@@ -153,8 +153,8 @@ def _entry(data: Any, where: str) -> Entry:
     published = typed(list[Any], settings.get("published") or [], f"{where}.published")
     optional = {key: typed(str | None, settings.get(key), f"{where}.{key}") for key in ("model", "baseline")}
     margin = typed(float | None, settings.get("margin"), f"{where}.margin")
-    if margin is not None:
-        NonInferiority(margin)
+    if margin is not None and not 0 < margin < 1:
+        raise InputError(f"{where}.margin: it lies between 0 and 1 (0.01 is a point), as {margin:g} does not")
     return Entry(
         name=typed(str, settings["name"], f"{where}.name"),
         task=_task(task, list(dict.fromkeys(columns)), where),

@@ -17,6 +17,7 @@ from finllm_prune.judges import Judge
 from finllm_prune.tasks.rows import copy_readable, not_utf8
 
 BUILTIN = Path(__file__).parents[1] / "data"
+PARQUET = "refs/convert/parquet"
 KEPT = "keep_columns."  # what the names of columns begin with that a task keeps beside its texts
 Loss = Callable[[Tensor, Tensor], Tensor]
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -126,7 +127,9 @@ def read_splits(
         raise InputError(f"task.dataset: there is no folder '{dataset}'; name a folder, a Hub id, or builtin")
     try:
         source = " ".join(part for part in (dataset, config, revision and f"at {revision}") if part)
-        return datasets.load_dataset(dataset, config, revision=revision), f"{source} of the Hugging Face Hub"
+        # The branch that the Hub itself converts to parquet has a folder for each configuration, and no names for them.
+        part = {"data_dir" if revision == PARQUET else "name": config}
+        return datasets.load_dataset(dataset, revision=revision, **part), f"{source} of the Hugging Face Hub"
     except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
