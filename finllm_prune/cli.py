@@ -98,6 +98,9 @@ def plan(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A saved model or Hub id.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="With --suite: values of it to change.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="The task; by default the recipe's, or sentiment.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="builtin, a folder of splits, or a Hub id; by default the recipe's, or builtin.")
@@ -112,19 +115,83 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens; longer texts are cut. By default as the task does it.")
     ] = None,
+    suite: Annotated[Path | None, typer.Option(help="A YAML file of sets, as recipes/suites/quickstart.yaml.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="With --suite: write a page here.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="With --suite: a folder for answers, to go on after a kill.")
+    ] = None,
+    show_texts: Annotated[bool, typer.Option(help="With --suite: texts of the data in the files.")] = False,
 ) -> None:
-    """Measure a model on a test split; with --baseline, hold it against the dense one."""
+    """Measure a model on a test split; with --baseline, hold it against the dense one; with --suite, on many sets.
+
+    \b
+    finllm-prune evaluate outputs/quickstart/compact --baseline outputs/quickstart/dense \\
+        --suite recipes/suites/quickstart.yaml --html quickstart.html
+
+    A suite asks first whether the pruned model is worse by more than a margin, and shows what pruning costs where: classes,
+    slices, calibration, texts that are changed a little, and what it saves in time.
+
+    Exit codes: 0 done, 2 bad input, 3 a gate of the suite failed (everything is written).
+    """
     import datasets
+
+    _refuse_no_folder(json_file)
+    _refuse_no_folder(html_file, "--html")
+    datasets.disable_progress_bars()
+    if suite is not None:
+        if baseline is None:
+            raise InputError("--suite: name the dense model to compare with by --baseline")
+        if any(option is not None for option in (task, dataset, max_length, recipe)):
+            raise InputError(
+                "--suite: its sets have their own tasks; remove --task, --dataset, --recipe and --max-length"
+            )
+        _evaluate_suite(suite, overrides or [], model, baseline, json_file, html_file, keep, show_texts)
+        return
+    if overrides or html_file or keep or show_texts:
+        raise InputError("KEY=VALUE, --html, --keep and --show-texts go with --suite; add it or remove them")
 
     from finllm_prune.saved import evaluate_saved
 
-    _refuse_no_folder(json_file)
-    datasets.disable_progress_bars()
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
     _print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _evaluate_suite(
+    path: Path, overrides: list[str], model: str, baseline: str,
+    json_file: Path | None, html_file: Path | None, keep: Path | None, show_texts: bool,
+) -> None:  # fmt: skip
+    import datasets
+
+    from finllm_prune.staging import save_text
+    from finllm_prune.suite import Suite, evaluate_suite, page
+
+    datasets.disable_progress_bars()
+    loaded = Suite.load(path, overrides)
+    try:
+        report = evaluate_suite(loaded, model, baseline, keep, show_texts)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    heads, rows = report.table()
+    table = Table(*heads, title=f"{model} against {baseline}")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for file, text in ((json_file, f"{json.dumps(report.to_dict(), indent=2)}\n"), (html_file, page(report))):
+        if file is not None:
+            save_text(text, file)
+            console.print(f"Written: {file}", soft_wrap=True, highlight=False)
+    for name, reason in report.left_out.items():
+        console.print(escape(f"{name} was left out: {reason}."), soft_wrap=True, highlight=False)
+    console.print(f"[bold]{escape(report.headline())}.", soft_wrap=True, highlight=False)
+    if not report.passed():
+        failed = [f"{row['gate']} on {row['set']}" for row in report.gate_rows() if not row["passed"]]
+        console.print(
+            f"[bold red]A gate failed: {escape(', '.join(failed) or 'no set has its value')}.", soft_wrap=True
+        )
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()
@@ -268,9 +335,9 @@ def _options(
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def _refuse_no_folder(file: Path | None) -> None:
+def _refuse_no_folder(file: Path | None, option: str = "--json") -> None:
     if file is not None and not file.parent.is_dir():
-        raise InputError(f"--json: there is no folder {file.parent}; make it first, or name another file")
+        raise InputError(f"{option}: there is no folder {file.parent}; make it first, or name another file")
 
 
 def _print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:

@@ -308,11 +308,15 @@ def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase
     return tokenizer
 
 
+class OtherLabels(InputError):
+    """A model that was fine-tuned on other classes than the data has."""
+
+
 def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | None = None) -> list[str]:
     """The checkpoint's own order where it was trained on the same classes, as FinBERT's (positive, negative, neutral).
 
     Raises:
-        InputError: they are other classes, and ``must_match`` names a checkpoint that has to know them.
+        OtherLabels: they are other classes, and ``must_match`` names a checkpoint that has to know them.
     """
     own = [name.lower() for name in class_names(config)]
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
@@ -322,7 +326,7 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     if sorted(own) == sorted(by_name):
         return [by_name[name] for name in own]
     if must_match is not None:
-        raise InputError(
+        raise OtherLabels(
             f"{must_match} predicts {', '.join(own)}, but the data has {', '.join(labels)}; "
             "name a model that was fine-tuned on these labels"
         )

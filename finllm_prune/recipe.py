@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
 from finllm_prune.checkpoints import find_format
-from finllm_prune.errors import InputError, one_line
+from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Target, check_gates
 from finllm_prune.pruning import (
     BUDGETS,
@@ -33,7 +32,7 @@ from finllm_prune.pruning import (
     refuse_unfillable,
     refuse_unfit,
 )
-from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
+from finllm_prune.settings import build, mapping, named, read_yaml, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Recording, Recovery, refuse_unrecoverable
 from finllm_prune.vocabulary import Trim
@@ -136,16 +135,8 @@ class Recipe:
         Raises:
             InputError: one sentence with the file, the key and the remedy.
         """
+        data = read_yaml(path, overrides, "recipe")
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: there is no such recipe") from None
-        except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
-            raise InputError(f"{path} is not a readable YAML file: {one_line(error)}") from None
-        try:
-            data = mapping(data, "the recipe")
-            for override in overrides:
-                set_override(data, override)
             return parse(data)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -210,7 +201,7 @@ def _pruning(data: Any) -> Pruning:
             "pruning.rules: a list of at least one rule is needed, as {target: mlp, structure: neuron, sparsity: 0.5}"
         )
     rules = [_rule(rule, f"pruning.rules.{i}") for i, rule in enumerate(given)]
-    schedule = _named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
+    schedule = named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
     fill = typed(bool, settings.get("fill", False), "pruning.fill")
     target = _optional(Target, settings.get("target"), "pruning.target")
     _refuse_beside_target(target, rules, settings)
@@ -222,7 +213,7 @@ def _pruning(data: Any) -> Pruning:
         raise InputError(
             "pruning.fill: masks that are chosen in one shot leave something of every head and neuron; remove fill or oneshot"
         )
-    oneshot = _named(ONESHOT, settings["oneshot"], "pruning.oneshot")
+    oneshot = named(ONESHOT, settings["oneshot"], "pruning.oneshot")
     refuse_unfit(oneshot, rules)
     if any(rule.regularizer is not None for rule in rules):
         raise InputError(
@@ -263,22 +254,13 @@ def _rule(data: Any, where: str) -> Rule:
     refuse_unknown(rule, ["target", "sparsity", "regularizer", *parts], where)
     if "target" not in rule:
         raise InputError(f"{where}.target: this key is missing")
-    built = {key: _named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
+    built = {key: named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
     if (penalty := rule.get("regularizer")) is not None:
-        built["regularizer"] = _named(REGULARIZERS, penalty, f"{where}.regularizer")
+        built["regularizer"] = named(REGULARIZERS, penalty, f"{where}.regularizer")
     if rule.get("sparsity") is None and not built["structure"].couples:
         raise InputError(f"{where}.sparsity: this key is missing")
     sparsity = typed(float | None, rule.get("sparsity"), f"{where}.sparsity")
     return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
-
-
-def _named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
-    """``cubic`` or ``{name: cubic, begin: 0.2}`` -> an instance of the class of that name."""
-    settings = {"name": value} if isinstance(value, str) else mapping(value, where)
-    name = str(settings.get("name"))
-    if name not in table:
-        raise InputError(f"{where}: unknown name '{name}'{hint(name, table)}")
-    return build(table[name], {key: v for key, v in settings.items() if key != "name"}, where)
 
 
 def _recovery(data: Any) -> Recovery | None:

@@ -3,14 +3,41 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, one_line
 
 T = TypeVar("T")
+
+
+def read_yaml(path: Path, overrides: Sequence[str], what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file after ``key.sub=value`` overrides (values are YAML); ``what`` it is, for errors."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such {what}") from None
+    except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
+        raise InputError(f"{path} is not a readable YAML file: {one_line(error)}") from None
+    try:
+        data = mapping(data, f"the {what}")
+        for override in overrides:
+            set_override(data, override)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return data
+
+
+def named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
+    """``cubic`` or ``{name: cubic, begin: 0.2}`` -> an instance of the class of that name."""
+    settings = {"name": value} if isinstance(value, str) else mapping(value, where)
+    name = str(settings.get("name"))
+    if name not in table:
+        raise InputError(f"{where}: unknown name '{name}'{hint(name, table)}")
+    return build(table[name], {key: v for key, v in settings.items() if key != "name"}, where)
 
 
 def build(cls: Callable[..., T], data: Any, where: str) -> T:

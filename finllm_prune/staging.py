@@ -62,6 +62,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     os.replace(partial, path)
 
 
+def save_text(text: str, path: Path) -> None:
+    """Write a text file that is there when it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def recover(folder: Path) -> None:
     """Put the old folder back where a process was killed between the two renames of ``publish``."""
     old = folder.with_name(f"{folder.name}.old")

@@ -18,6 +18,7 @@ FLOORS = [
     {"provenance"},
     {"conclusion"},
     {"run", "saved", "export", "plan", "trim"},
+    {"suite"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
