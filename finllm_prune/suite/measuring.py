@@ -209,7 +209,7 @@ def _changed(match: Match, answers: dict[str, Answers]) -> list[dict[str, Any]]:
         {
             "text": match.rows[row]["text"],
             "truth": labels[match.judge.references[row]] if isinstance(match.judge, ClassJudge) and labels else None,
-            **{kind: labels[given[row]] if labels else float(worth[kind][row]) for kind, given in answers.items()},
+            **{kind: labels[given[row, 0]] if labels else float(worth[kind][row]) for kind, given in answers.items()},
             "lost": bool(lost[row] < 0),
         }
         for row in rows
