@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.checkpoints import delta, exported_in, find_format, verify
-from finllm_prune.checkpoints.manifest import MANIFEST
+from finllm_prune.checkpoints.manifest import MANIFEST, REPORT
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.hub.base_model import locate
 from finllm_prune.prepare import load_tokenizer, without_load_report
@@ -135,6 +135,9 @@ def _carry_card(source: Path, folder: Path) -> None:
     for name in _CARD:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
+    report = next((place / REPORT for place in (source, source.parent) if (place / REPORT).is_file()), None)
+    if report is not None:
+        shutil.copy(report, folder / REPORT)  # which tells a push whether gates passed
     if (source / "plots").is_dir():
         shutil.copytree(source / "plots", folder / "plots", dirs_exist_ok=True)
 

@@ -32,6 +32,7 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Target, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
+from finllm_prune.hub.push import refuse_no_token
 from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, read_texts
@@ -115,6 +116,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
         training_arguments(recipe, work, "recover", recipe.recovery.training)
     refuse_unsupported(arguments)
     _check_output(recipe, work, resume, overwrite)
+    if recipe.hub is not None:
+        refuse_no_token(recipe.hub)
     examples = recipe.task.load()
     location, origin = (
         locate(recipe.dense.checkpoint, "dense.checkpoint") if recipe.dense.checkpoint else locate(recipe.model.name)
@@ -299,7 +302,7 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     Raises:
         InputError: they are other classes, and ``must_match`` names a checkpoint that has to know them.
     """
-    own = [name.lower() for name in _names(config)]
+    own = [name.lower() for name in class_names(config)]
     by_name = {label.lower(): label for label in labels}
     if sorted(own) == sorted(by_name):
         return [by_name[name] for name in own]
@@ -366,7 +369,7 @@ def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
         (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
 
 
-def _names(config: PreTrainedConfig) -> list[str]:
+def class_names(config: PreTrainedConfig) -> list[str]:
     """The class names of a checkpoint, by index."""
     names: dict[Any, str] = dict(config.id2label or {})
     return [str(names[i]) for i in sorted(names)]
@@ -378,7 +381,7 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
         return None
     key, name = "distillation.teacher", recipe.distillation.teacher
     location, _ = locate(name, key)
-    if (known := _names(load_config(location, key))) != examples.labels:
+    if (known := class_names(load_config(location, key))) != examples.labels:
         raise InputError(
             f"{key}: {name} predicts {', '.join(known)}, not {', '.join(examples.labels)} in this order; "
             "name a teacher that was fine-tuned on the same labels"

@@ -12,11 +12,12 @@ FLOORS = [
     {"pruning"},
     {"families", "metrics", "vocabulary"},
     {"training", "tasks", "checkpoints", "evaluation"},
-    {"recipe", "hub", "registration"},
+    {"hub"},
+    {"recipe", "registration"},
     {"prepare"},
     {"provenance"},
     {"conclusion"},
-    {"run", "saved", "export", "plan", "trim"},
+    {"run", "saved", "comparison", "export", "plan", "trim"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
