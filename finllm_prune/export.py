@@ -94,7 +94,9 @@ def _load(location: str | Path, *, whole: bool = True) -> PreTrainedModel:
         verify(Path(location))
     try:
         with without_load_report():
-            model, told = AutoModelForSequenceClassification.from_pretrained(location, output_loading_info=True)
+            model, told = AutoModelForSequenceClassification.from_pretrained(
+                location, output_loading_info=True, trust_remote_code=False
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{location}: its weights cannot be loaded: {one_line(error)}") from error
     head = set() if whole else delta.head_names(model)

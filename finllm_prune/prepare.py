@@ -259,6 +259,7 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
             model: PreTrainedModel = task.auto_class.from_pretrained(
                 location, num_labels=len(labels), id2label=dict(enumerate(labels)),
                 label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True, dtype=torch.float32,
+                trust_remote_code=False,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
@@ -279,7 +280,7 @@ def without_load_report() -> Iterator[None]:
 def load_config(location: str, key: str = "model") -> PreTrainedConfig:
     """The config of a model; a damaged one is one sentence with the recipe's key."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{key}: the config of {location} cannot be read: {one_line(error)}") from error
     return config
@@ -290,7 +291,7 @@ def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase
     if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
     return tokenizer

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
 from finllm_prune.checkpoints import find_format
@@ -34,7 +33,7 @@ from finllm_prune.pruning import (
     refuse_unfillable,
     refuse_unfit,
 )
-from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
+from finllm_prune.settings import build, hint, mapping, read_yaml, refuse_unknown, set_override, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Recording, Recovery, refuse_unrecoverable
 from finllm_prune.vocabulary import Trim
@@ -141,10 +140,10 @@ class Recipe:
             InputError: one sentence with the file, the key and the remedy.
         """
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = read_yaml(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: there is no such recipe") from None
-        except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
+        except (ValueError, OSError) as error:
             raise InputError(f"{path} is not a readable YAML file: {one_line(error)}") from None
         try:
             data = mapping(data, "the recipe")

@@ -59,7 +59,7 @@ def inspect_saved(model: str) -> Rows:
     location, _ = locate(model)
     load_config(location)
     try:
-        layers = layer_table(AutoModel.from_pretrained(location))
+        layers = layer_table(AutoModel.from_pretrained(location, trust_remote_code=False))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{model}: its weights cannot be loaded: {one_line(error)}") from error
     rows: Rows = [(x["layer"], " × ".join(map(str, x["shape"])), f"{1 - x['density']:.1%}") for x in layers]

@@ -82,12 +82,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def refuse_outside(names: Iterable[Any], known: Container[Any] | None = None) -> None:
     """Raise ValueError where a file tells of one that lies in another folder, or is none of the ``known``."""
     for name in names:
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or "\0" in name
-            or (known is not None and name not in known)
-        ):
+        plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+        if not plain or (known is not None and name not in known):
             raise ValueError(f"{name!r} is no file of this folder")
 
 

@@ -132,7 +132,7 @@ def agreement(got: Tensor, expected: Tensor) -> float:
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
     return model
 
 
