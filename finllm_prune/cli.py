@@ -46,7 +46,7 @@ def run(
     """
     import datasets
 
-    from finllm_prune.hub.push import push as push_folder
+    from finllm_prune.hub.push import push_output
     from finllm_prune.recipe import Recipe
     from finllm_prune.run import run as run_recipe
 
@@ -71,7 +71,7 @@ def run(
         raise typer.Exit(GATE_FAILED)
     console.print(f"Done in {report.run['wall_seconds']['total']:.0f} s: {loaded.output}", soft_wrap=True)
     if loaded.hub is not None:
-        _print_pushed(push_folder(loaded.output, loaded.hub), loaded.hub.repo_id)
+        _print_pushed(push_output(loaded.output, loaded.hub), loaded.hub.repo_id)
 
 
 @app.command()

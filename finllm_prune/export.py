@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.checkpoints import delta, exported_in, find_format, verify
@@ -97,7 +96,7 @@ def _load(location: str | Path, *, whole: bool = True) -> PreTrainedModel:
             model, told = AutoModelForSequenceClassification.from_pretrained(
                 location, output_loading_info=True, trust_remote_code=False
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"{location}: its weights cannot be loaded: {one_line(error)}") from error
     head = set() if whole else delta.head_names(model)
     if missing := sorted(told["missing_keys"] - head):

@@ -15,7 +15,6 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -261,7 +260,7 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
                 label2id={name: i for i, name in enumerate(labels)}, ignore_mismatched_sizes=True, dtype=torch.float32,
                 trust_remote_code=False,
             )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
     return model
 
@@ -281,7 +280,7 @@ def load_config(location: str, key: str = "model") -> PreTrainedConfig:
     """The config of a model; a damaged one is one sentence with the recipe's key."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise InputError(f"{key}: the config of {location} cannot be read: {one_line(error)}") from error
     return config
 
@@ -292,7 +291,7 @@ def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase
         raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # as above
         raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
     return tokenizer
 

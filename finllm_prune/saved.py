@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from transformers import AutoModel
 
 from finllm_prune.checkpoints import is_served, serve
@@ -60,7 +59,7 @@ def inspect_saved(model: str) -> Rows:
     load_config(location)
     try:
         layers = layer_table(AutoModel.from_pretrained(location, trust_remote_code=False))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"{model}: its weights cannot be loaded: {one_line(error)}") from error
     rows: Rows = [(x["layer"], " × ".join(map(str, x["shape"])), f"{1 - x['density']:.1%}") for x in layers]
     sizes = [math.prod(layer["shape"]) for layer in layers]

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 
 import finllm_prune
 from finllm_prune.checkpoints import bitmask
-from finllm_prune.checkpoints.manifest import FORMAT_VERSION, MANIFEST, read_manifest, sha256
+from finllm_prune.checkpoints.manifest import DELTA, FORMAT_VERSION, MANIFEST, read_manifest, sha256
 from finllm_prune.errors import InputError, ProofError, one_line
 from finllm_prune.staging import staged
 
-WEIGHTS = "delta.safetensors"
+WEIGHTS = DELTA
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Parts = dict[str, Tensor]

@@ -119,6 +119,18 @@ def push(folder: Path, hub: Hub, formats: Sequence[str] = (), *, allow_failed_ga
     return Pushed(commit.pr_url or commit.commit_url, commit.oid, commit.oid != before, parcel.places)
 
 
+def push_output(folder: Path, hub: Hub) -> Pushed:
+    """At the end of a run, all of which is written: whatever stops the push is a HubError with the command for later."""
+    try:
+        return push(folder, hub)
+    except (InputError, HubError) as error:
+        later = f"finllm-prune push {folder} {hub.repo_id}" + "".join(
+            f" --{key} {value}" for key, value in (("revision", hub.revision), ("tag", hub.tag)) if value is not None
+        )
+        later += " --create-pr" * hub.create_pr + " --public" * (not hub.private)
+        raise HubError(f"{error}; everything is written to {folder}, later push it with: {later}") from error
+
+
 def _ready(api: HfApi, hub: Hub) -> str | None:
     """Make repository and branch where there are none; returns the branch's last commit."""
     _patiently(lambda: api.create_repo(hub.repo_id, private=hub.private, exist_ok=True))
@@ -168,6 +180,8 @@ def _patiently(act: Callable[[], T], only_refused: bool = False) -> T:
             raise
         except FAULTS as error:
             asked = wait_asked(error)
+            if isinstance(error, RuntimeError):  # of a file, which huggingface_hub itself has tried six times
+                raise
             if not is_passing(error) or (only_refused and status_of(error) != 429) or (asked or 0.0) > _LONGEST:
                 raise
             logger.info(

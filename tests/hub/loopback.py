@@ -92,8 +92,8 @@ class LoopbackHub(ThreadingHTTPServer):
 
 
 class Refused(Exception):
-    def __init__(self, status: int, message: str, **headers: str):
-        self.status, self.message, self.headers = status, message, headers
+    def __init__(self, status: int, message: str, url: str = "", **headers: str):
+        self.status, self.message, self.url, self.headers = status, message, url, headers
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(fault.status, fault.message, **fault.headers)
         except Refused as refused:
             status, headers = refused.status, {"X-Error-Message": refused.message, **refused.headers}
-            content = json.dumps({"error": refused.message, "url": self.server.url + path}).encode()
+            content = json.dumps({"error": refused.message, "url": refused.url}).encode()
         self.server.calls.append(Call(line, status, len(body), self.token))
         if fault is not None and fault.late and fault.status == 0:
             self.hang_up()
@@ -203,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.server.repos:
-            raise Refused(409, "You already created this model repo")  # its answer names the url, which is looked at
+            raise Refused(409, "You already created this model repo", f"{self.server.url}/{name}")
         self.server.create(name, asked.get("visibility") == "private" or bool(asked.get("private")))
         return {"url": f"{self.server.url}/{name}", "id": name, "name": name}
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from tests.conftest import logits
+from tests import small
+from tests.conftest import logits, tiny_model
 from tests.hub.finished import report, write_output
 from tests.hub.loopback import READ, WRITE, Fault, LoopbackHub
 from tests.hub.shell import Done, Shell
@@ -276,3 +278,38 @@ def hub_oid(path: Path) -> str:
     import hashlib
 
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_ends_with_its_push_and_is_whole_without_it(
+    hub: LoopbackHub, shell: Shell, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    tiny_model(layers=1, seed=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    small.write_folder(tmp_path / "data")
+    content = {
+        "model": str(tmp_path / "model"), "task": {"name": "sentiment", "dataset": str(tmp_path / "data"), "max_length": 32},
+        "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "criterion": "movement", "sparsity": 0.5}]},
+        "dense": {"training": {"max_steps": 12, "learning_rate": 1e-2}}, "gates": {"agreement": 0.2},
+        "training": {"max_steps": 6, "learning_rate": 2e-3, "per_device_train_batch_size": 24, "use_cpu": True},
+        "hub": {"repo_id": name, "tag": "v1"}, "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    refused(shell("run", tmp_path / "mine.yaml"), 2, f"hub: there is no token to push to {name} with")
+    assert not (tmp_path / "out").exists()
+    hub.faults.append(Fault("POST .*/preupload/", 403, 9, "no room"))
+    done = shell("run", tmp_path / "mine.yaml", token=WRITE)
+    refused(done, 5, "no room", f"push it with: finllm-prune push {tmp_path / 'out'} {name} --tag v1")
+    assert "macro-F1" in done.out
+    assert not (tmp_path / "out.partial").exists()
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or WRITE.encode() not in path.read_bytes(), path
+    hub.faults.clear()
+    done = shell("run", tmp_path / "mine.yaml", "gates={agreement: 1.1}", "--overwrite", token=WRITE)
+    assert done.code == 3, done.all
+    assert set(hub.files(name)) == {".gitattributes"}, "no failed gate is pushed"
+    done = shell("run", tmp_path / "mine.yaml", "--overwrite", token=WRITE)
+    assert (done.code, "Pushed: " in done.out) == (0, True), done.all
+    assert {"README.md", "model.safetensors", "masked/model.safetensors"} <= set(hub.files(name, "v1"))
+    data = tmp_path / "data" / "test.jsonl"
+    done = shell("pull-and-compare", name, tmp_path / "out" / "dense", "--data", data, token=READ)
+    assert (done.code, "McNemar" in done.out) == (0, True), done.all
