@@ -13,6 +13,7 @@ from finllm_prune.checkpoints import find_format, verify
 from finllm_prune.checkpoints.manifest import MANIFEST, sha256
 from finllm_prune.comparison import Compared, inert
 from finllm_prune.errors import InputError, ProofError
+from finllm_prune.hub.card import inert as inert_text
 from finllm_prune.prepare import load_tokenizer
 from finllm_prune.recipe import Recipe, parse
 from finllm_prune.tasks import find_task
@@ -162,3 +163,10 @@ def test_a_written_csv_holds_no_formula(tmp_path: Path, cell: str) -> None:
     text = (tmp_path / "flips.csv").read_text()
     assert "'" + cell.strip() in text or "'\t=1" in text or '"\'\n=1"' in text
     assert inert("Profit rose = good.") == "Profit rose = good."
+
+
+def test_names_of_others_are_shown_in_a_card_and_neither_run_nor_laid_out() -> None:
+    shown = inert_text({"<script>alert(1)</script>": ["a|b\n# Approved", '"); import os  #', 0.5, None]})
+    assert shown == {
+        "&lt;script&gt;alert(1)&lt;/script&gt;": ["a&#124;b # Approved", "&quot;); import os  #", 0.5, None]
+    }
