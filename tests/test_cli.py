@@ -294,10 +294,18 @@ def test_a_bad_recipe_names_its_file(call: Call, tmp_path: Path, capsys: pytest.
 
 
 def test_a_failed_gate_is_told_after_everything_is_written(
-    call: Call, home: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    call: Call, home: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And nothing is pushed: the Hub is out of reach here, which would be another exit code."""
+    monkeypatch.setenv("HF_TOKEN", "one")
     out = tmp_path / "out"
-    changes = ["gates={agreement: 1.1, macro_f1: 0.0}", f"dense.checkpoint={finished / 'dense'}", f"output={out}"]
+    changes = [
+        "hub=org/name",
+        "gates={agreement: 1.1, macro_f1: 0.0}",
+        f"dense.checkpoint={finished / 'dense'}",
+        f"output={out}",
+    ]
     assert call("run", home / "mine.yaml", *changes) == 3
     assert "A gate failed" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}

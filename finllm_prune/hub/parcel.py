@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from finllm_prune.checkpoints import PLUGGED, SERVED, exported_in, verify
+from finllm_prune.checkpoints import LOSSY, PLUGGED, SERVED, exported_in, verify
 from finllm_prune.checkpoints.manifest import MANIFEST, REPORT, read_manifest
 from finllm_prune.errors import InputError
+from finllm_prune.settings import read_yaml
 from finllm_prune.staging import UNFINISHED
 
 _AT_THE_ROOT = ("compact", "masked", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")  # the first that there is
@@ -68,8 +70,7 @@ def pack(folder: Path, repo_id: str, formats: Sequence[str] = (), *, allow_faile
     proved = {path: {*read_manifest(path)["sha256"], MANIFEST} for path in exported_in(folder)}
     _refuse_unknown(folder, proved)
     failed = _failure(folder, found.values(), allow_failed_gates)
-    for path in found.values():
-        verify(path)
+    _refuse_mixed({name: verify(path) for name, path in found.items()})
     first = next(name for name in _AT_THE_ROOT if name in found)
     places = {name: "" if name == first else name for name in _AT_THE_ROOT if name in found}
     files: dict[str, Path | bytes] = {}
@@ -128,6 +129,19 @@ def _refuse_unknown(folder: Path, proved: dict[Path, set[str]]) -> None:
                 )
 
 
+def _refuse_mixed(manifests: dict[str, dict[str, Any]]) -> None:
+    """All formats but the rounded ones recorded what the same model makes of the same probe."""
+    recorded = {
+        name: np.array(manifest["probe"]["logits"]) for name, manifest in manifests.items() if name not in LOSSY
+    }
+    first = next(iter(recorded), None)
+    for name, logits in recorded.items():
+        if logits.shape != recorded[str(first)].shape or not np.allclose(
+            logits, recorded[str(first)], rtol=0, atol=1e-3
+        ):
+            raise InputError(f"{first} and {name} are formats of two models; push one of them by --format")
+
+
 def _looks(path: Path) -> str:
     if path.is_symlink():
         return "is a link"
@@ -148,9 +162,12 @@ def _refuse_secrets(files: dict[str, Path | bytes]) -> None:
 def _failure(folder: Path, checkpoints: Iterable[Path], allowed: bool) -> str | None:
     """What the card is to begin with, where the report tells of no success; None where it does."""
     alone = [folder.parent] if (folder / MANIFEST).is_file() else []
-    places = [path / REPORT for path in (folder, *checkpoints, *alone)]
-    path = next((path for path in places if path.is_file()), None)
-    told = "NO REPORT tells whether this model passed any gate." if path is None else _told(path)
+    found = set()
+    for checkpoint in checkpoints:
+        places = [path / REPORT for path in (checkpoint, folder, *alone)]
+        path = next((path for path in places if path.is_file()), None)
+        found.add("NO REPORT tells whether this model passed any gate." if path is None else _told(path))
+    told = " ".join(sorted(filter(None, found))) or None
     if told is None or allowed:
         return told
     raise InputError(
@@ -182,10 +199,14 @@ def _for_people(checkpoint: Path, repo_id: str, places: dict[str, str], failed: 
     for path in sorted((checkpoint / _PLOTS).glob("*.png")):
         files[f"{_PLOTS}/{path.name}"] = path
     card, recipe = checkpoint / _CARD, checkpoint / _RECIPE
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo_id.partition('/')[2]}\n"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else f"# {repo_id.partition('/')[2]}\n"
     files[_CARD] = hub_card(text, repo_id, places, failed).encode()
     if recipe.is_file():
-        files[_RECIPE] = yaml.safe_dump(_without_paths(yaml.safe_load(recipe.read_text())), sort_keys=False).encode()
+        try:
+            content = _without_paths(read_yaml(recipe.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise InputError(f"{recipe} is not readable ({error}); bring back the recipe of the run") from error
+        files[_RECIPE] = yaml.safe_dump(content, sort_keys=False).encode()
     return files
 
 

@@ -70,6 +70,25 @@ def test_what_is_no_success_is_refused_or_told_first(out: Path) -> None:
             pack(out, "org/name")
 
 
+def test_formats_of_two_models_are_not_one_repository(
+    out: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    other = write_output(tmp_path / "other", tokenizer, ("ragged",), seed=1)
+    shutil.copytree(other / "ragged", out / "ragged")
+    with pytest.raises(InputError, match="compact and ragged are formats of two models; push one of them by --format"):
+        pack(out, "org/name")
+    report(out / "ragged", passed=False)
+    with pytest.raises(InputError, match="failed gates: agreement"):
+        pack(out, "org/name")
+    assert pack(out, "org/name", ["compact", "masked"]).places == {"compact": "", "masked": "masked"}
+
+
+def test_a_damaged_recipe_is_one_sentence(out: Path) -> None:
+    (out / "compact" / "recipe.yaml").write_text("{")
+    with pytest.raises(InputError, match=r"recipe.yaml is not readable"):
+        pack(out, "org/name")
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [
