@@ -14,16 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from finllm_prune.checkpoints import find_format, verify
+from finllm_prune.checkpoints import delta, find_format, verify
 from finllm_prune.checkpoints.manifest import MANIFEST, sha256
 from finllm_prune.checkpoints.quantizer import WEIGHTS
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.recipe import Recipe, parse
 from finllm_prune.settings import set_override
 from finllm_prune.tasks import find_task, read_texts
-from tests.conftest import logits
+from tests.conftest import logits, tiny_model
 from tests.test_packed import sparse
 
 RECIPE: dict[str, Any] = {
@@ -209,6 +209,43 @@ def test_bytes_that_were_hashed_anew_are_refused_or_the_same_model(saved: Path, 
         (saved / WEIGHTS).write_bytes(content)
         hash_anew(saved, WEIGHTS)
         ours(lambda: verify(saved))
+
+
+@pytest.fixture(scope="module")
+def base() -> PreTrainedModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def difference(tmp_path_factory: pytest.TempPathFactory, base: PreTrainedModel) -> Path:
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:, ::2] = 0
+        model.bert.encoder.layer[1].output.dense.weight[0] = 1
+    folder = tmp_path_factory.mktemp("fuzz") / "delta"
+    delta.write(base, model, folder)
+    return folder
+
+
+@FEW
+@given(st.data())
+def test_a_damaged_delta_leaves_its_base_as_it_is(difference: Path, base: PreTrainedModel, data: st.DataObject) -> None:
+    before = delta.base_sha256(base)
+    with Kept(difference, MANIFEST, delta.WEIGHTS):
+        if data.draw(st.booleans()):
+            manifest = json.loads((difference / MANIFEST).read_text())
+            path = data.draw(st.sampled_from(places(manifest)))
+            (difference / MANIFEST).write_text(json.dumps(changed(manifest, path, data.draw(JUNK)), default=str))
+        else:
+            content = bytearray((difference / delta.WEIGHTS).read_bytes())
+            place = data.draw(st.integers(0, 300) | st.integers(0, len(content) - 1))
+            content[place] ^= data.draw(st.integers(1, 255))
+            (difference / delta.WEIGHTS).write_bytes(content)
+            hash_anew(difference, delta.WEIGHTS)
+        applied = ours(lambda: delta.apply(base, difference))
+        if applied is not None:
+            applied.remove()
+    assert delta.base_sha256(base) == before
 
 
 def hash_anew(folder: Path, name: str) -> None:
