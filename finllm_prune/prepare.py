@@ -15,7 +15,6 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -32,6 +31,7 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Target, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
+from finllm_prune.hub.push import refuse_no_token
 from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, read_texts
@@ -115,6 +115,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
         training_arguments(recipe, work, "recover", recipe.recovery.training)
     refuse_unsupported(arguments)
     _check_output(recipe, work, resume, overwrite)
+    if recipe.hub is not None:
+        refuse_no_token(recipe.hub)
     examples = recipe.task.load()
     location, origin = (
         locate(recipe.dense.checkpoint, "dense.checkpoint") if recipe.dense.checkpoint else locate(recipe.model.name)
@@ -270,9 +272,13 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
     try:
         with without_load_report():
             model: PreTrainedModel = task.auto_class.from_pretrained(
-                location, **task.head_config(labels), ignore_mismatched_sizes=True, dtype=torch.float32
+                location,
+                **task.head_config(labels),
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
     return model
 
@@ -291,8 +297,8 @@ def without_load_report() -> Iterator[None]:
 def load_config(location: str, key: str = "model") -> PreTrainedConfig:
     """The config of a model; a damaged one is one sentence with the recipe's key."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location)
-    except (OSError, ValueError, KeyError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # as above
         raise InputError(f"{key}: the config of {location} cannot be read: {one_line(error)}") from error
     return config
 
@@ -302,8 +308,8 @@ def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase
     if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # as above
         raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
     return tokenizer
 
