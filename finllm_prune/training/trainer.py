@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import Pruner
+from finllm_prune.pruning import Pruner, not_finite
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
@@ -169,7 +169,7 @@ class PruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        skip = _not_finite(kwargs["optimizer"]) if args.fp16 else None
+        skip = _overflow(kwargs["optimizer"]) if args.fp16 else None
         self.pruner.before_step((state.global_step + 1) / state.max_steps, skip)
 
     def on_optimizer_step(
@@ -238,8 +238,7 @@ def refuse_unsupported(args: TrainingArguments) -> None:
         )
 
 
-def _not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
+def _overflow(optimizer: torch.optim.Optimizer) -> Tensor:
     """1.0 where a gradient of what the optimizer trains is infinite or NaN: then the loss scaler skips the step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    sums = [parameter.grad.sum(dtype=torch.float32) for parameter in parameters if parameter.grad is not None]
-    return (~torch.isfinite(torch.stack(sums))).any().float()
+    return not_finite([parameter.grad for parameter in parameters if parameter.grad is not None])

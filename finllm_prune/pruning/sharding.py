@@ -1,0 +1,113 @@
+"""Matrices of which each rank holds some rows (FSDP2, ``fully_shard``): what lies here, what lies elsewhere, and their sums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from finllm_prune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a matrix of ``shape`` (out, in) is split: its rows, in turn, over the ranks of a mesh of one dimension."""
+
+    mesh: DeviceMesh
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, parameter: Tensor, name: str) -> "Split | None":
+        """The split of a parameter (a bias is a matrix of one column); None where it is whole.
+
+        Raises:
+            InputError: it is split in another way, as by tensor parallelism.
+        """
+        if not isinstance(parameter, DTensor):
+            return None
+        mesh, placements = parameter.device_mesh, parameter.placements
+        along = [dim for dim, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+        if [type(placements[dim]) for dim in along] != [Shard] or placements[along[0]] != Shard(0):
+            raise InputError(
+                f"{name}: pruning knows parameters that are split by rows (FSDP2), not as {placements}; "
+                "launch without tensor or expert parallelism"
+            )
+        names = mesh.mesh_dim_names
+        split = mesh if mesh.ndim == 1 or names is None else mesh[names[along[0]]]
+        shape = parameter.shape if parameter.ndim == 2 else torch.Size((*parameter.shape, 1))
+        return cls(split, shape)
+
+    @property
+    def rows(self) -> slice:
+        """The rows that lie on this rank; there may be none."""
+        count = self.shape[0]
+        share = -(-count // self.mesh.size())
+        first = min(count, self.mesh.get_local_rank() * share)
+        return slice(first, min(count, first + share))
+
+    def part(self, whole: Tensor) -> Tensor:
+        """A copy of this rank's rows."""
+        return whole[self.rows].clone()
+
+    def spread(self, part: Tensor) -> DTensor:
+        """This rank's rows as a part of the whole; all ranks have to join in."""
+        stride = (self.shape[1], 1)
+        return DTensor.from_local(part.contiguous(), self.mesh, [Shard(0)], shape=self.shape, stride=stride)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All ranks' rows; all ranks have to join in."""
+        # gloo gathers no truth values
+        rows = self.spread(part.byte() if part.dtype == torch.bool else part).full_tensor()
+        return rows.to(part.dtype)
+
+
+def moved(tensor: Tensor, before: Split | None, after: Split | None) -> Tensor:
+    """What this rank holds of a matrix that is split anew."""
+    if before == after:
+        return tensor
+    whole = tensor if before is None else before.whole(tensor)
+    return whole if after is None else after.part(whole)
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What lies on this rank, without a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, tensor: Tensor) -> Tensor:
+    """A part that lies as ``tensor`` does."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
+
+
+def mesh_of(tensors: Sequence[Tensor]) -> DeviceMesh | None:
+    """Over which ranks the tensors are split; None where they are whole."""
+    return next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
+
+
+def total(tensor: Tensor, mesh: DeviceMesh | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or maximum, or minimum) over all ranks, in place; without a mesh the tensor itself."""
+    if mesh is not None:
+        dist.all_reduce(tensor, op, mesh.get_group())
+    return tensor
+
+
+def joined(part: Tensor, mesh: DeviceMesh | None, fill: float) -> Tensor:
+    """The values of all ranks, in the order of ranks, short parts filled up; without a mesh the tensor itself."""
+    if mesh is None:
+        return part
+    longest = int(total(torch.tensor(part.numel(), device=part.device), mesh, dist.ReduceOp.MAX))
+    filled = part.new_full((longest,), fill)
+    filled[: part.numel()] = part
+    parts = [torch.empty_like(filled) for _ in range(mesh.size())]
+    dist.all_gather(parts, filled, mesh.get_group())
+    return torch.cat(parts)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether parameters of a model lie on several ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
