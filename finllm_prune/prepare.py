@@ -32,11 +32,11 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Target, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap
+from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap, refuse_unsplittable
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, read_texts
 from finllm_prune.training import refuse_no_chain
-from finllm_prune.training.trainer import refuse_unsupported
+from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     if recipe.recovery is not None:
         training_arguments(recipe, work, "recover", recipe.recovery.training)
     refuse_unsupported(arguments)
+    if asks_for_fsdp(arguments):
+        _refuse_unsplittable(recipe)
     _check_output(recipe, work, resume, overwrite)
     examples = recipe.task.load()
     location, origin = (
@@ -146,6 +148,16 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
     )
+
+
+def _refuse_unsplittable(recipe: Recipe) -> None:
+    """What a recipe cannot ask for where FSDP splits the model among ranks."""
+    refuse_unsplittable(recipe.pruning.rules)
+    if recipe.recovery is not None:
+        raise InputError(
+            "recovery: FSDP splits the optimizer's moments among ranks, and the small model cannot take them over; remove the "
+            "key, or launch with DDP"
+        )
 
 
 def _refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Sensitivity, bounds
-from finllm_prune.pruning.criteria import State, Step
+from finllm_prune.pruning.criteria import SecondOrder, State, SteeredScores, Step
 from finllm_prune.pruning.filling import survivors
 from finllm_prune.pruning.groups import KEPT, Group, Rule, give_densities
 from finllm_prune.pruning.schedules import Schedule
@@ -79,6 +79,8 @@ class Pruner:
         Masks, scores and parked values are then split as their weights are. All ranks have to join in.
         """
         parameters = dict(model.named_parameters())
+        if all(parameters[slot.name] is slot.parameter for group in self._all_groups() for slot in group.slots):
+            return
         for group in self._all_groups():
             group.follow(parameters, self._states.get(group.name, {}))
         self._follow()
@@ -422,6 +424,18 @@ def refuse_overlap(groups: list[Group]) -> None:
             if id(slot.parameter) in seen:
                 raise InputError(f"pruning.rules: {slot.name} is cut by two rules; give each target one rule")
             seen.add(id(slot.parameter))
+
+
+def refuse_unsplittable(rules: Sequence[Rule]) -> None:
+    """What needs all of a matrix's single weights in one place, and is not done on a model that is split among ranks."""
+    for i, rule in enumerate(rules):
+        if isinstance(rule.criterion, SecondOrder) or (
+            isinstance(rule.criterion, SteeredScores) and rule.structure.single
+        ):
+            raise InputError(
+                f"pruning.rules.{i}.criterion: {type(rule.criterion).__name__} looks at all of a matrix at once, which FSDP "
+                "splits among ranks; set movement, taylor or platon, or launch with DDP"
+            )
 
 
 def not_finite(gradients: Sequence[Tensor]) -> Tensor:

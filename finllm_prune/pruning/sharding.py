@@ -108,6 +108,20 @@ def joined(part: Tensor, mesh: DeviceMesh | None, fill: float) -> Tensor:
     return torch.cat(parts)
 
 
-def is_split(model: nn.Module) -> bool:
-    """Whether parameters of a model lie on several ranks."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+def sampled(part: Tensor, split: Split | None, count: int) -> Tensor:
+    """About ``count`` values (fp32) at even distances over the whole of a matrix; all ranks have to join in."""
+    # The stride is odd, so that it does not fall on the same few columns in each row.
+    stride = max(1, (part.numel() if split is None else split.shape.numel()) // count) | 1
+    before = 0 if split is None else split.rows.start * split.shape[1]
+    mine = part.detach().reshape(-1)[-before % stride :: stride].to(torch.float32, copy=True).contiguous()
+    if split is None:
+        return mine
+    longest = joined(mine, split.mesh, 0.0).view(split.mesh.size(), -1)
+    lengths = joined(torch.tensor([mine.numel()], device=mine.device), split.mesh, 0).tolist()
+    return torch.cat([row[:length] for row, length in zip(longest, lengths, strict=True)])
+
+
+def split_mesh(model: nn.Module) -> DeviceMesh | None:
+    """Over which ranks the rows of a model's parameters are split; None where each rank has all of them."""
+    splits = (Split.of(parameter, name) for name, parameter in model.named_parameters())
+    return next((split.mesh for split in splits if split is not None), None)
