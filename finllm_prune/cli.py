@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -250,8 +251,17 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    # The first of several processes tells how it goes; the others' warnings say whose they are, as its own do.
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format="%(message)s" if ranks == 1 else f"[rank {rank}] %(message)s",
+    )
+    logging.captureWarnings(ranks > 1)
+    for talkative in ("httpx2", "accelerate"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    if rank:
+        os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def _refuse_no_folder(file: Path | None) -> None:

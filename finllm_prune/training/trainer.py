@@ -1,5 +1,6 @@
 """A transformers.Trainer that prunes: `compute_loss`, `create_optimizer`, `log`, the sampler and callbacks, no copied loop."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,19 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import Family, find_architecture
 from finllm_prune.pruning import Pruner, not_finite, split_mesh
+from finllm_prune.staging import clear_when_full
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
 from finllm_prune.training.projection import PROJECTION_FILE, ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
 from finllm_prune.training.recovery import Seam
+from finllm_prune.training.sigterm import Sigterm
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 STATE_FILE = "pruner.safetensors"
@@ -91,6 +95,7 @@ class PruningTrainer(Trainer):
                 self.recorder = Recorder(pruner, recording)
                 self.add_callback(self.recorder)
             self.add_callback(PruningCallback(pruner))
+        self.add_callback(Sigterm(self.accelerator))
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(ProgressBar(description))
@@ -116,7 +121,9 @@ class PruningTrainer(Trainer):
         """Train; with ``args.resume_from_checkpoint`` from there, which may be the end: then nothing is trained."""
         checkpoint = self.args.resume_from_checkpoint
         if checkpoint is None or not self.finished(Path(checkpoint)):
-            self.train(resume_from_checkpoint=checkpoint)
+            self._refuse_other_engine(checkpoint)
+            with clear_when_full(Path(self.args.output_dir or ".")):
+                self.train(resume_from_checkpoint=checkpoint)
             for name in (
                 "forward",
                 "_original_forward",
@@ -130,6 +137,23 @@ class PruningTrainer(Trainer):
         self._load_plain(Path(best or checkpoint))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _refuse_other_engine(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        was_split = (Path(checkpoint) / f"{FSDP_MODEL_NAME}_0").is_dir()
+        if was_split != asks_for_fsdp(self.args):
+            raise InputError(
+                f"--resume: {checkpoint} was written {'under' if was_split else 'without'} FSDP, so go on in the same way; "
+                f"launch with recipes/accelerate/{'fsdp2' if was_split else 'ddp'}.yaml, by whatever number of processes"
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's; with a Pruner, older checkpoints go later, when its file has made this one complete."""
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None if self.pruner is not None else limit
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
 
     def _load_plain(self, checkpoint: Path) -> None:
         """The weights of a checkpoint, by whatever engine, into the model as it is before training."""
@@ -195,6 +219,8 @@ class PruningCallback(TrainerCallback):
             self.pruner.follow(model)
         if state.global_step > 0:
             self.pruner.load_state_dict(load_beside(args, state, STATE_FILE, model))
+            if args.should_save:
+                _drop_unfinished(Path(args.output_dir or "."), state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,6 +239,10 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         save_beside(args, state, STATE_FILE, self.pruner.state_dict, split_mesh(kwargs["model"]) is not None)
+        if args.should_save:
+            rotate_checkpoints(
+                args.output_dir or ".", args.save_total_limit, state.best_model_checkpoint, use_mtime=True
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -251,7 +281,18 @@ def complete_checkpoint(output_dir: str | None, pruned: bool, projected: bool = 
     """The newest checkpoint that was written to its end, or None; one that a kill cut short is passed over."""
     last_file = STATE_FILE if pruned else PROJECTION_FILE if projected else "trainer_state.json"
     folders = [path.parent for path in Path(output_dir or ".").glob(f"checkpoint-*/{last_file}")]
-    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
+    return str(max(folders, key=_step_of)) if folders else None
+
+
+def _drop_unfinished(folder: Path, step: int) -> None:
+    """Checkpoints after the one that a run goes on from are not whole: they would count as the newest that are kept."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if _step_of(checkpoint) > step and not (checkpoint / STATE_FILE).is_file():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
