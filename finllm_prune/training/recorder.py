@@ -110,13 +110,14 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.moments, self.warnings = [], {}
-        self._split = split_mesh(kwargs["model"]) is not None
-        if self._split:
-            self.pruner.follow(kwargs["model"])
+        model = kwargs.get("model")
+        self._split = model is not None and split_mesh(model) is not None
+        if model is not None and self._split:
+            self.pruner.follow(model)
         if state.global_step == 0:
             self._before = self._look()
             return
-        saved = load_beside(args, state, _STATE_FILE, kwargs["model"])
+        saved = load_beside(args, state, _STATE_FILE, model)
         rows = [dict(zip(_NUMBERS, row, strict=True)) for row in saved.pop("rows").tolist()]
         for _, moment in itertools.groupby(rows, lambda row: (row["step"], row["frozen"])):
             self.moments.append(list(moment))
