@@ -5,6 +5,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.ranks O
 
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from finllm_prune.families import find_family
 from finllm_prune.pruning import (
@@ -36,6 +37,7 @@ from finllm_prune.pruning import (
 )
 from finllm_prune.pruning.budgets import select
 from finllm_prune.pruning.sharding import Split
+from finllm_prune.training.beside import load_beside, save_beside
 from tests.conftest import tiny_model
 from tests.pruning.runs import Batch
 
@@ -69,9 +71,11 @@ def global_batch(step: int) -> Batch:
     }
 
 
-def train(model: nn.Module, pruner: Pruner, ranks: int, rank: int, steps: range = range(STEPS)) -> None:
+def train(
+    model: nn.Module, pruner: Pruner, ranks: int, rank: int, steps: range = range(STEPS), momentum: float = 0.9,
+) -> None:  # fmt: skip
     """Each rank takes its rows of the batch, in two parts; SGD, for Adam turns the rounding of a zero gradient into a step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
     for step in steps:
         batch = global_batch(step)
         rows = len(batch["labels"])
@@ -84,7 +88,6 @@ def train(model: nn.Module, pruner: Pruner, ranks: int, rank: int, steps: range 
         optimizer.step()
         pruner.after_step()
         optimizer.zero_grad()
-    pruner.finish()
 
 
 def sharded(mesh: DeviceMesh) -> Wrap:
@@ -104,6 +107,7 @@ def run(structure: str, criterion: str, ranks: int, rank: int, wrap: Wrap | None
     wrapped = model if wrap is None else wrap(model)
     pruner.follow(model)
     train(wrapped, pruner, ranks, rank)
+    pruner.finish()
     assert pruner.holds()
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {"hash": pruner.mask_hash(), "sparsity": pruner.sparsity(), "weights": weights}
@@ -122,6 +126,52 @@ def compare(wrap: Wrap, rank: int, ranks: int) -> dict[str, Any]:
             "apart": max(float((many["weights"][name] - value).abs().max()) for name, value in one["weights"].items())
             if rank == 0 else 0.0,
         }  # fmt: skip
+    return found
+
+
+def reshard(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Half a run on all ranks, then the other half split over two of them, over one, and not at all, from its checkpoint."""
+    args = TrainingArguments(str(folder), use_cpu=True, ddp_backend="gloo")
+    state, half = TrainerState(global_step=STEPS // 2), STEPS // 2
+    shapes = {"2": (ranks // 2, 2), "1": (ranks, 1)}
+    meshes = {name: init_device_mesh("cpu", shape, mesh_dim_names=("same", "split")) for name, shape in shapes.items()}
+    wraps: dict[str, Wrap | None] = {name: sharded(mesh) for name, mesh in meshes.items()} | {"whole": None}
+    found = {}
+    for structure, criterion in (("unstructured", "movement"), ("neuron", "platon"), ("n:m", "magnitude")):
+        model = make_model()
+        pruner = make_pruner(model, structure, criterion)
+        sharded(init_device_mesh("cpu", (ranks,)))(model)
+        pruner.follow(model)
+        train(model, pruner, ranks, rank, range(half), momentum=0.0)
+        (folder / f"checkpoint-{half}").mkdir(parents=True, exist_ok=True)
+        save_beside(args, state, "pruner.safetensors", pruner.state_dict, split=True)
+        if rank == 0:
+            (folder / f"checkpoint-{half}" / "trainer_state.json").write_text(json.dumps({"global_step": half}))
+        dist.barrier()
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        hashes = {}
+        for name, wrap in wraps.items():
+            again = make_model()
+            again.load_state_dict(weights)
+            pruner = make_pruner(again, structure, criterion)
+            if wrap is not None:
+                wrap(again)
+                pruner.follow(again)
+            pruner.load_state_dict(load_beside(args, state, "pruner.safetensors", again))
+            # Without a wrapper nothing adds the gradients up: each rank takes the whole batch, as a process alone.
+            share = (ranks, rank) if wrap is not None else (1, 0)
+            train(again, pruner, *share, range(half, STEPS), momentum=0.0)
+            pruner.finish()
+            hashes[name] = pruner.mask_hash()
+        one = make_model()
+        pruner = make_pruner(one, structure, criterion)
+        train(one, pruner, 1, 0, momentum=0.0)
+        pruner.finish()
+        found[f"{structure} {criterion}"] = hashes | {"undisturbed": pruner.mask_hash()}
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder)
+        dist.barrier()
     return found
 
 
@@ -149,7 +199,10 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     engines = {"ddp": DistributedDataParallel, "fsdp2": sharded(mesh)}
-    found = {name: compare(wrap, rank, ranks) for name, wrap in engines.items()} | {"search": search(mesh)}
+    found: dict[str, Any] = {name: compare(wrap, rank, ranks) for name, wrap in engines.items()} | {
+        "search": search(mesh)
+    }
+    found["reshard"] = reshard(Path(sys.argv[1]).with_name("checkpoints"), rank, ranks)
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -41,3 +41,11 @@ def test_5_all_ranks_choose_the_masks_of_one_rank(found: Found, engine: str, str
 
 def test_11_the_threshold_of_split_scores_is_exact(found: Found) -> None:
     assert found["search"]
+
+
+@pytest.mark.parametrize("combination", ["unstructured movement", "neuron platon", "n:m magnitude"])
+def test_a_checkpoint_of_all_ranks_is_read_by_fewer(found: Found, combination: str) -> None:
+    """Split over two ranks (the others hold copies), over one, and not at all."""
+    hashes = found["reshard"][combination]
+    assert hashes.keys() == {"2", "1", "whole", "undisturbed"}
+    assert set(hashes.values()) == {hashes["undisturbed"]}

@@ -28,17 +28,14 @@ class Split:
         """
         if not isinstance(parameter, DTensor):
             return None
-        mesh, placements = parameter.device_mesh, parameter.placements
-        along = [dim for dim, placement in enumerate(placements) if not isinstance(placement, Replicate)]
-        if [type(placements[dim]) for dim in along] != [Shard] or placements[along[0]] != Shard(0):
+        along = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
+        if [type(placement) for placement in along] != [Shard] or along[0] != Shard(0):
             raise InputError(
-                f"{name}: pruning knows parameters that are split by rows (FSDP2), not as {placements}; "
+                f"{name}: pruning knows parameters that are split by rows (FSDP2), not as {parameter.placements}; "
                 "launch without tensor or expert parallelism"
             )
-        names = mesh.mesh_dim_names
-        split = mesh if mesh.ndim == 1 or names is None else mesh[names[along[0]]]
         shape = parameter.shape if parameter.ndim == 2 else torch.Size((*parameter.shape, 1))
-        return cls(split, shape)
+        return cls(_along_rows(parameter), shape)
 
     @property
     def rows(self) -> slice:
@@ -86,7 +83,15 @@ def like(part: Tensor, tensor: Tensor) -> Tensor:
 
 def mesh_of(tensors: Sequence[Tensor]) -> DeviceMesh | None:
     """Over which ranks the tensors are split; None where they are whole."""
-    return next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
+    return next((_along_rows(tensor) for tensor in tensors if isinstance(tensor, DTensor)), None)
+
+
+def _along_rows(tensor: DTensor) -> DeviceMesh:
+    """The ranks that share the rows of a tensor; beside them there may be others with copies (HSDP)."""
+    mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names
+    if mesh.ndim == 1 or names is None:
+        return mesh
+    return mesh[names[next(dim for dim, placement in enumerate(tensor.placements) if placement == Shard(0))]]
 
 
 def total(tensor: Tensor, mesh: DeviceMesh | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
