@@ -252,16 +252,27 @@ def _options(
     ] = False,
 ) -> None:
     ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    # The first of several processes tells how it goes; the others' warnings say whose they are, as its own do.
     logging.basicConfig(
         level=logging.WARNING if rank else logging.INFO,
         format="%(message)s" if ranks == 1 else f"[rank {rank}] %(message)s",
     )
-    logging.captureWarnings(ranks > 1)
     for talkative in ("httpx2", "accelerate"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
+    if ranks > 1:
+        _one_of_several(rank)
+
+
+def _one_of_several(rank: int) -> None:
+    """The first process tells how it goes, with bars; the others only warn, and all warnings say whose they are."""
     if rank:
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from transformers.utils import logging as theirs
+
+    logging.captureWarnings(True)
+    theirs.disable_default_handler()
+    theirs.enable_propagation()
+    if rank:
+        theirs.disable_progress_bar()
 
 
 def _refuse_no_folder(file: Path | None) -> None:

@@ -91,7 +91,9 @@ def _is_disk_full(error: BaseException) -> bool:
     """Libraries in Rust (safetensors, tokenizers) give the number in words alone, and PyTorch no number at all."""
     if isinstance(error, OSError):
         return error.errno in _FULL
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing" in str(error):
+    if isinstance(error, RuntimeError) and re.search(
+        r"PytorchStreamWriter failed writing|inline_container\.cc", str(error)
+    ):
         return True
     told = re.search(r"\(os error (\d+)\)", str(error))
     return told is not None and int(told[1]) in _FULL
