@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -405,9 +406,28 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("httpx2", "bm25s"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format="%(message)s" if ranks == 1 else f"[rank {rank}] %(message)s",
+    )
+    for talkative in ("httpx2", "accelerate", "bm25s"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    if ranks > 1:
+        _one_of_several(rank)
+
+
+def _one_of_several(rank: int) -> None:
+    """The first process tells how it goes, with bars; the others only warn, and all warnings say whose they are."""
+    if rank:
+        os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from transformers.utils import logging as theirs
+
+    logging.captureWarnings(True)
+    theirs.disable_default_handler()
+    theirs.enable_propagation()
+    if rank:
+        theirs.disable_progress_bar()
 
 
 def _refuse_no_folder(file: Path | None, option: str = "--json") -> None:
