@@ -149,7 +149,10 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
         )
         out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
         what = "part of the dense model's" if name in ERRORS else "retention of"
-        out.append((f"  {what} {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
+        part = (
+            f"{quality.retention[name]:.1%}" if value["dense"] > 0 else "–"
+        )  # of a correlation below 0 it says nothing
+        out.append((f"  {what} {_TITLES.get(name, name)}", "", part))
     same = "same passage first" if quality.unit == "query" else "same prediction"
     out.append((f"{same} (agreement)", "", f"{quality.agreement:.1%}"))
     names = " / ".join(name.replace("_to_", "→").replace("_", " ") for name in quality.flips)
