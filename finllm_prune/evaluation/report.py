@@ -13,9 +13,8 @@ _BETTER = (
     "accuracy", "macro_f1", "micro_f1", "mcc", "top3_accuracy", "pearson", "spearman", "r2", "ndcg_at_10", "mrr_at_10", "map",
     "recall_at_10",
 )  # fmt: skip
-GATES = {"agreement": "min", "latency_ratio": "max"}
-GATES |= {name: way for names, way in ((_BETTER, "min"), (ERRORS, "max")) for name in names}
-GATES |= {f"{name}_retention": way for name, way in GATES.items() if name in (*_BETTER, *ERRORS)}
+GATES = dict.fromkeys(_BETTER, "min") | dict.fromkeys(ERRORS, "max")
+GATES |= {f"{name}_retention": way for name, way in GATES.items()} | {"agreement": "min", "latency_ratio": "max"}
 
 
 @dataclass(frozen=True)
