@@ -22,7 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finllm_prune.checkpoints.packing import Packed, check, unpack
+from finllm_prune.checkpoints.packing import Memory, Packed, unpack
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Cut, Family, cut_in_place, find_architecture, find_family, keep, tell_heads
 
@@ -82,13 +82,16 @@ class PrunedQuantizer(HfQuantizer):
     ) -> None:
         if self.quantization_config.per_layer_config:
             build(model, self.quantization_config.per_layer_config)
-        _check_files(model, checkpoint_files or [], self.quantization_config.packed)
+        _check_files(checkpoint_files or [], self.quantization_config.packed)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Packed parts -> the matrix."""
         if not self.quantization_config.packed:
             return []
         return [Unpacking([f"weight_{part}" for part in PARTS], "weight", [Unpack()], force_cpu=True)]
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Nothing to do: parameters keep their names."""
 
     def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
         """Leave a plain model; of this format only the widths stay in its config."""
@@ -110,9 +113,15 @@ class PrunedQuantizer(HfQuantizer):
 
 
 class Unpacking(WeightConverter):
-    """transformers copies its conversions for each matrix, deeply, which a profile of a load shows first."""
+    """Of one matrix."""
+
+    def convert(self, layer_name: str, model: Any = None, *_: Any, **__: Any) -> dict[str, list[Tensor]]:
+        """Past what collects the errors of operations, and reports them at length."""
+        (unpacking,) = self.operations
+        return unpacking.convert(self.materialize_tensors(), [], [], full_layer_name=layer_name, model=model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Unpacking":
+        """transformers copies its conversions for each matrix, deeply, which a profile of a load shows first."""
         new = copy.copy(self)
         new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
         return new
@@ -123,13 +132,19 @@ class Unpack(ConversionOps):
 
     hf_quantizer = True  # by which transformers knows not to cast
 
+    def __init__(self) -> None:
+        self.memory = Memory()
+
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, list[Tensor]]:
+        """Raises InputError where the parts are not those of the matrix."""
         name: str = kwargs["full_layer_name"]
         parameter = kwargs["model"].get_parameter(name)
         parts = {pattern.rpartition("_")[2]: tensors[0] for pattern, tensors in input_dict.items()}
-        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name)]}
+        if "bitmask" not in parts or "values" not in parts:
+            raise InputError(f"{name}: a part of this packed matrix is missing; export or download it anew")
+        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name, self.memory)]}
 
 
 def widths(model: PreTrainedModel) -> dict[str, dict[str, int]]:
@@ -205,32 +220,16 @@ def _named(model: PreTrainedModel, family: Family, heads: int, neurons: int) -> 
     return named
 
 
-def _check_files(model: PreTrainedModel, files: list[str], packed: int) -> None:
-    """Raise InputError where a file is damaged: transformers would say so at length, or not at all."""
+def _check_files(files: list[str], packed: int) -> None:
+    """Raise InputError where a file is cut off, or a matrix lost all its parts: transformers would say so at length."""
     found = 0
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                for stem in (name.removesuffix("_bitmask") for name in names if name.endswith("weight_bitmask")):
-                    found += 1
-                    parts = {part: file.get_tensor(f"{stem}_{part}") for part in PARTS if f"{stem}_{part}" in names}
-                    if (shape := _shape(model, stem)) is not None:
-                        check(Packed(**parts), shape, f"{Path(path).name}: {stem}")
-        except (SafetensorError, OSError, TypeError) as error:
+                found += sum(name.endswith("weight_bitmask") for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is missing or damaged ({one_line(error)}); export or download it anew") from error
     if files and found != packed:
         raise InputError(
             f"{files[0]} holds {found} packed matrices, but config.json tells of {packed}; export or download it anew"
         )
-
-
-def _shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
-    """Of a parameter that a checkpoint of the model's class, of its base or of one with a head names so."""
-    prefix = f"{model.base_model_prefix}."
-    for known in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            return tuple(model.get_parameter(known).shape)
-        except AttributeError:
-            continue
-    return None
