@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from finllm_prune.checkpoints import find_format
+from finllm_prune.checkpoints import find_engine, find_format
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Target, check_gates
 from finllm_prune.pruning import (
@@ -213,6 +213,8 @@ def _pruning(data: Any) -> Pruning:
     schedule = _named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
     fill = typed(bool, settings.get("fill", False), "pruning.fill")
     target = _optional(Target, settings.get("target"), "pruning.target")
+    if target is not None and target.runtime != "torch":
+        find_engine(target.runtime)
     _refuse_beside_target(target, rules, settings)
     if fill:
         refuse_unfillable(rules)

@@ -31,6 +31,16 @@ def find_format(name: str) -> Save:
     return save
 
 
+def find_engine(name: str) -> Callable[[PreTrainedModel], Callable[..., Any]]:
+    """What makes a served format of a model in memory, without tokenizer, proof or folder, to be called like the model.
+
+    Raises:
+        InputError: a package is missing that it needs.
+    """
+    engine: Callable[[PreTrainedModel], Callable[..., Any]] = _room(name).engine
+    return engine
+
+
 def serve(folder: Path, threads: int = 0) -> Callable[..., Any]:
     """A folder of a served format behind the call of a model: see ``finllm_prune.checkpoints.onnx.Served``."""
     served: Callable[..., Any] = _room("onnx").Served(folder, threads)
