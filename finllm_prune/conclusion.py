@@ -32,7 +32,12 @@ from finllm_prune.pruning import Pruner
 from finllm_prune.staging import publish
 from finllm_prune.training import RECORD_FILE, Recorder
 
-_FASTEST = ("ragged", "compact", "packed")  # the narrowest blocks first; packed ones are those of ragged
+_FASTEST = (
+    "ragged",
+    "ragged-remote",
+    "compact",
+    "packed",
+)  # the narrowest blocks first; packed ones are those of ragged
 
 Classifier = Callable[..., Any]
 

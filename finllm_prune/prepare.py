@@ -192,7 +192,7 @@ def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
 
 def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:
     """What a recipe asks for beyond the rules, and not every architecture can give."""
-    for name, ragged in (("compact", False), ("ragged", True)):
+    for name, ragged in (("compact", False), ("ragged", True), ("ragged-remote", True)):
         shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule, ragged) for rule in rules)
         if name in recipe.export and not shrinks:
             raise InputError(

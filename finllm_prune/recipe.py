@@ -188,13 +188,13 @@ def parse(data: dict[str, Any]) -> Recipe:
         _check_recovery(recipe, recipe.recovery)
     couples = recipe.pruning.fill or any(rule.structure.couples for rule in recipe.pruning.rules)
     shrinks = recipe.model.keep_layers or couples
-    for name in ("compact", "ragged"):
+    for name in ("compact", "ragged", "ragged-remote"):
         if name in recipe.export and not shrinks:
             raise InputError(
                 f"export: no rule removes whole neurons, heads or layers, so {name} would be as large as masked; "
                 f"drop {name} from export, or add a rule with structure: neuron"
             )
-    if "latency_ratio" in recipe.gates and not {"compact", "ragged"} & set(recipe.export):
+    if "latency_ratio" in recipe.gates and not {"compact", "ragged", "ragged-remote"} & set(recipe.export):
         raise InputError(
             "gates.latency_ratio: only a compact or ragged model is faster; add one to export or drop the gate"
         )

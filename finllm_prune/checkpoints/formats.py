@@ -12,9 +12,9 @@ from finllm_prune.errors import InputError
 
 Save = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], PreTrainedModel]
 
-FORMATS = ("masked", "compact", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")
+FORMATS = ("masked", "compact", "ragged", "ragged-remote", "packed", "packed-int8", "onnx", "onnx-int8")
 SERVED = ("onnx", "onnx-int8")  # what runs without PyTorch, and loads through ``serve``
-PLUGGED = ("ragged", "packed", "packed-int8")  # what loads after ``import finllm_prune``
+PLUGGED = ("ragged", "ragged-remote", "packed", "packed-int8")  # what loads after ``import finllm_prune``
 LOSSY = ("packed-int8", "onnx-int8")  # what is another model than the one in memory
 GRAPH = "model.onnx"  # what the served formats write
 

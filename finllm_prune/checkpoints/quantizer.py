@@ -28,6 +28,8 @@ from finllm_prune.families import Cut, Family, cut_in_place, find_architecture, 
 
 METHOD, VERSION = "finllm_prune", 1
 WEIGHTS, LURE = "finllm_prune.safetensors", "first_import_finllm_prune.safetensors"
+REMOTE_LURE = "first_import_finllm_prune_or_set_trust_remote_code.safetensors"
+NARROWED = "narrowed"  # the config's key for the code of ragged-remote
 PARTS = ("bitmask", "values", "scale")
 
 
@@ -73,7 +75,7 @@ class PrunedQuantizer(HfQuantizer):
         """The hook that sees the config before any file is looked for."""
         if self.quantization_config.per_layer_config:
             find_family(config.model_type)
-        if getattr(config, "transformers_weights", None) == LURE:
+        if getattr(config, "transformers_weights", None) in (LURE, REMOTE_LURE):
             config.transformers_weights = WEIGHTS
         return config
 
@@ -96,8 +98,8 @@ class PrunedQuantizer(HfQuantizer):
     def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
         """Leave a plain model; of this format only the widths stay in its config."""
         self.remove_quantization_config(model)
-        if hasattr(model.config, "transformers_weights"):
-            del model.config.transformers_weights
+        for key in ("transformers_weights", *(("auto_map", NARROWED) if hasattr(model.config, NARROWED) else ())):
+            vars(model.config).pop(key, None)
         if per_layer := self.quantization_config.per_layer_config:
             model.config.quantization_config = PrunedConfig(VERSION, per_layer).to_dict()
         # Else save_pretrained would try to pack every weight.
