@@ -18,7 +18,6 @@ from finllm_prune.prepare import Prepared
 def provenance(ready: Prepared) -> dict[str, Any]:
     """What a result is made of: for the report."""
     recipe, examples = ready.recipe, ready.examples
-    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
     return {
         "seed": ready.arguments.seed,
         "base_model": {"name": recipe.model.name, "origin": ready.origin},
@@ -36,10 +35,18 @@ def provenance(ready: Prepared) -> dict[str, Any]:
         "recipe": recipe.resolved,
         "vocabulary": _vocabulary(ready),
         "processes": PartialState().num_processes,
+        **surroundings(str(ready.arguments.device)),
+    }
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Versions, machine and commit."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "scikit-learn")
+    return {
         "versions": {"python": platform.python_version(), "finllm_prune": version("finllm-prune")}
         | {name: version(name) for name in packages},
         "machine": {
-            "device": str(ready.arguments.device),
+            "device": device,
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),

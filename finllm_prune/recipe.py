@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
 from finllm_prune.checkpoints import find_format
-from finllm_prune.errors import InputError, one_line
+from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Target, check_gates
+from finllm_prune.hub.push import Hub
 from finllm_prune.pruning import (
     BUDGETS,
     CRITERIA,
@@ -33,7 +33,7 @@ from finllm_prune.pruning import (
     refuse_unfillable,
     refuse_unfit,
 )
-from finllm_prune.settings import build, hint, mapping, refuse_unknown, set_override, typed
+from finllm_prune.settings import build, mapping, named, read_yaml, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Recording, Recovery, refuse_unrecoverable
 from finllm_prune.vocabulary import Trim
@@ -42,7 +42,8 @@ T = typing.TypeVar("T")
 
 _OWNED = {
     "output_dir": "output", "resume_from_checkpoint": "--resume", "do_train": "the run itself", "do_eval": "the run itself",
-    "push_to_hub": "a later push of the output folder", "hub_model_id": "a later push of the output folder",
+    "push_to_hub": "the recipe's own hub", "hub_model_id": "the recipe's own hub",
+    "hub_token": "`hf auth login` or HF_TOKEN, as a recipe is written beside the model",
 }  # fmt: skip
 
 
@@ -112,6 +113,7 @@ class Recipe:
         training: ``transformers.TrainingArguments`` by their own names.
         export: formats to write.
         gates: measured value -> threshold; a miss ends the run with exit code 3 after everything is written.
+        hub: where the model is pushed when the run is complete and its gates passed; None pushes nothing.
         resolved: the whole recipe as plain data, as it is saved beside the weights.
     """
 
@@ -127,6 +129,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     export: list[str] = field(default_factory=lambda: ["masked", "compact"])
     gates: dict[str, float] = field(default_factory=dict)
+    hub: Hub | None = None
     resolved: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -136,16 +139,8 @@ class Recipe:
         Raises:
             InputError: one sentence with the file, the key and the remedy.
         """
+        data = read_yaml(path, overrides, "recipe")
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: there is no such recipe") from None
-        except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
-            raise InputError(f"{path} is not a readable YAML file: {one_line(error)}") from None
-        try:
-            data = mapping(data, "the recipe")
-            for override in overrides:
-                set_override(data, override)
             return parse(data)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -178,6 +173,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         training=training,
         export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
         gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
+        hub=_optional(Hub, {"repo_id": hub} if isinstance(hub := data.get("hub"), str) else hub, "hub"),
     )
     if recipe.output.name in ("", ".."):
         raise InputError(f"output: '{recipe.output}' is no folder that can be made anew; name one, as outputs/mine")
@@ -210,7 +206,7 @@ def _pruning(data: Any) -> Pruning:
             "pruning.rules: a list of at least one rule is needed, as {target: mlp, structure: neuron, sparsity: 0.5}"
         )
     rules = [_rule(rule, f"pruning.rules.{i}") for i, rule in enumerate(given)]
-    schedule = _named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
+    schedule = named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
     fill = typed(bool, settings.get("fill", False), "pruning.fill")
     target = _optional(Target, settings.get("target"), "pruning.target")
     _refuse_beside_target(target, rules, settings)
@@ -222,7 +218,7 @@ def _pruning(data: Any) -> Pruning:
         raise InputError(
             "pruning.fill: masks that are chosen in one shot leave something of every head and neuron; remove fill or oneshot"
         )
-    oneshot = _named(ONESHOT, settings["oneshot"], "pruning.oneshot")
+    oneshot = named(ONESHOT, settings["oneshot"], "pruning.oneshot")
     refuse_unfit(oneshot, rules)
     if any(rule.regularizer is not None for rule in rules):
         raise InputError(
@@ -263,22 +259,13 @@ def _rule(data: Any, where: str) -> Rule:
     refuse_unknown(rule, ["target", "sparsity", "regularizer", *parts], where)
     if "target" not in rule:
         raise InputError(f"{where}.target: this key is missing")
-    built = {key: _named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
+    built = {key: named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
     if (penalty := rule.get("regularizer")) is not None:
-        built["regularizer"] = _named(REGULARIZERS, penalty, f"{where}.regularizer")
+        built["regularizer"] = named(REGULARIZERS, penalty, f"{where}.regularizer")
     if rule.get("sparsity") is None and not built["structure"].couples:
         raise InputError(f"{where}.sparsity: this key is missing")
     sparsity = typed(float | None, rule.get("sparsity"), f"{where}.sparsity")
     return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
-
-
-def _named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
-    """``cubic`` or ``{name: cubic, begin: 0.2}`` -> an instance of the class of that name."""
-    settings = {"name": value} if isinstance(value, str) else mapping(value, where)
-    name = str(settings.get("name"))
-    if name not in table:
-        raise InputError(f"{where}: unknown name '{name}'{hint(name, table)}")
-    return build(table[name], {key: v for key, v in settings.items() if key != "name"}, where)
 
 
 def _recovery(data: Any) -> Recovery | None:

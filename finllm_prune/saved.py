@@ -1,13 +1,13 @@
 """What can be asked of a saved model: how good it is, and how sparse."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel
 
@@ -18,10 +18,43 @@ from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
 from finllm_prune.prepare import class_names, label_order, load_config, load_model, load_tokenizer
 from finllm_prune.recipe import Recipe
-from finllm_prune.tasks import Task, find_task
+from finllm_prune.tasks import Examples, Task, find_task
 from finllm_prune.tasks.classification import Classification
 
 Rows = list[tuple[str, ...]]
+
+
+class Saved:
+    """A model of any format that is asked about a task's data; its weights are read when it answers first.
+
+    Args:
+        name: a folder or Hub id.
+        task: turns rows into tokens.
+        examples: whose labels the model must know, in whatever order.
+
+    Raises:
+        OtherLabels: it does not know them.
+        InputError: it cannot be read.
+    """
+
+    def __init__(self, name: str, task: Task, examples: Examples):
+        self.name, self.task, self.examples = name, task, examples
+        self.location, self.origin = locate(name, served=True)
+        self.config = load_config(self.location)
+        self.labels = label_order(self.config, examples.labels, must_match=name)
+        self.tokenizer = load_tokenizer(self.location)
+        task.fit_tokenizer(self.tokenizer, self.config)
+
+    @cached_property
+    def model(self) -> Callable[..., Any]:
+        folder = Path(self.location)
+        return serve(folder) if is_served(folder) else load_model(self.task, self.location, self.labels)
+
+    def logits(self, rows: datasets.Dataset) -> Tensor:
+        """Shape (rows, labels), the labels in the order of the data."""
+        tokens = self.task.tokenize(rows, self.tokenizer)
+        own = logits_of(self.model, tokens, self.task.collator(self.tokenizer))
+        return own[:, [self.labels.index(label) for label in self.examples.labels]]
 
 
 def evaluate_saved(
@@ -43,18 +76,8 @@ def evaluate_saved(
     """
     task = _task(recipe or _beside(model), task_name, dataset=dataset, max_length=max_length)
     examples = task.load()
-    logits = {}
-    for name in dict.fromkeys([baseline or model, model]):
-        location, _ = locate(name, served=True)
-        config = load_config(location)
-        labels = label_order(config, examples.labels, must_match=name)
-        tokenizer = load_tokenizer(location)
-        task.fit_tokenizer(tokenizer, config)
-        tokens = task.tokenize(examples.splits["test"], tokenizer)
-        folder = Path(location)
-        classifier = serve(folder) if is_served(folder) else load_model(task, location, labels)
-        own = logits_of(classifier, tokens, task.collator(tokenizer))
-        logits[name] = own[:, [labels.index(label) for label in examples.labels]]
+    names = dict.fromkeys([baseline or model, model])
+    logits = {name: Saved(name, task, examples).logits(examples.splits["test"]) for name in names}
     quality = compare(task.judge(examples), logits[baseline or model], logits[model])
     if baseline is not None:
         return asdict(quality), [*quality_rows(quality), *first_stage_rows(examples.facts)]
@@ -110,8 +133,8 @@ def inspect_saved(model: str) -> Rows:
     location, _ = locate(model)
     load_config(location)
     try:
-        layers = layer_table(AutoModel.from_pretrained(location))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        layers = layer_table(AutoModel.from_pretrained(location, trust_remote_code=False))
+    except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"{model}: its weights cannot be loaded: {one_line(error)}") from error
     rows: Rows = [(x["layer"], " × ".join(map(str, x["shape"])), f"{1 - x['density']:.1%}") for x in layers]
     sizes = [math.prod(layer["shape"]) for layer in layers]

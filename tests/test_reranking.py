@@ -19,7 +19,7 @@ from finllm_prune.tasks.reranking import Reranking
 from finllm_prune.training import Distillation, Teacher, with_teacher_logits
 from finllm_prune.training.logit_losses import margin_mse
 from tests.conftest import loud, tiny_model
-from tests.rankings import write_set
+from tests.rankings import TOPICS, write_set
 
 JUDGED = {"a": {"p1": 2, "p2": 0, "p3": 1}, "b": {"p1": 1}, "c": {"p9": 1}}
 ONE = ["relevance"]
@@ -162,6 +162,24 @@ def test_a_sample_copies_and_a_missing_validation_split(tmp_path: Path) -> None:
     assert examples.facts["leakage"]["test in train"]["exact"] == 0
 
 
+def test_given_candidates_are_ranked_and_where_there_are_none_bm25_finds_them(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    (folder / "candidates").mkdir()
+    (folder / "candidates" / "test.tsv").write_text("q-lease2\tswap1\nq-lease2\tlease0\nq-lease2\tlease1\n")
+    (folder / "candidates" / "train.tsv").write_text("".join(f"q-{topic}0\tswap1\n" for topic in TOPICS))
+    (folder / "qrels" / "validation.tsv").unlink()
+    examples = Reranking(str(folder), candidates=2).load()
+    assert examples.splits["test"]["pair"][:] == [
+        "swap in march the swap was paid",
+        "lease the lease is tested once a year",
+    ]
+    assert examples.facts["first_stage"]["name"] == "the data's own first stage"
+    assert examples.facts["first_stage"]["test"]["queries_without_candidates"] == 11
+    assert examples.facts["first_stage"]["test"]["recall"] == pytest.approx(0.5 / 12)
+    assert {passages[1] for passages in examples.splits["train"]["passages"]} == {"swap in march the swap was paid"}
+    assert set(examples.splits["validation"]["pair"]) == {"swap in march the swap was paid"}
+
+
 def test_a_set_for_evaluation_alone_says_so_to_a_run(task: Reranking) -> None:
     for split in ("train", "validation"):
         (Path(task.dataset) / "qrels" / f"{split}.tsv").unlink()
@@ -237,6 +255,19 @@ def test_a_run_ranks_and_its_folders_are_cross_encoders(finished: Path, call, ca
     assert call("evaluate", finished / "compact", "--task", "reranking", "--dataset", task.dataset, "--json", out) == 0
     assert json.loads(out.read_text())["ndcg_at_10"]["value"] == pytest.approx(report["ndcg_at_10"]["pruned"])
     assert "nDCG@10 of BM25" in capsys.readouterr().out
+
+
+def test_the_base_model_s_own_activation_goes_along(tmp_path: Path, tiny_folder) -> None:
+    cross_encoder = pytest.importorskip("sentence_transformers").CrossEncoder
+    folder = tiny_folder(labels=ONE)
+    config = json.loads((folder / "config.json").read_text())
+    written = config | {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
+    (folder / "config.json").write_text(json.dumps(written))
+    task = Reranking()
+    task.auto_class.from_pretrained(str(folder), **task.head_config(ONE)).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    encoder = cross_encoder(str(tmp_path / "saved"), device="cpu")
+    assert isinstance(encoder.activation_fn, torch.nn.Identity)
 
 
 def test_a_plan_is_made_of_lists(tmp_path: Path, tiny_folder, call, capsys) -> None:

@@ -37,17 +37,18 @@ class Latency:
 
 
 def measure(
-    dense: PreTrainedModel, small: Callable[..., Any], batch: int, tokens: int = 64, rounds: int = 20
+    dense: Callable[..., Any], small: Callable[..., Any], batch: int, tokens: int = 64, rounds: int = 20,
+    vocabulary: int | None = None,
 ) -> Latency:  # fmt: skip
     """Forward passes of random token ids, dense and small in turn.
 
     Args:
-        dense: copies of PyTorch models run on the CPU in fp32.
-        small: a model of the same vocabulary, or anything that is called like one.
+        dense, small: models, of which copies run on the CPU in fp32, or anything that is called like one.
         batch, tokens: the shape of the input.
         rounds: how many pairs are counted.
+        vocabulary: ids that both know; None takes those of ``dense``, a model.
     """
-    inputs = token_ids(dense.config.vocab_size, batch, tokens)
+    inputs = token_ids(vocabulary or dense.config.vocab_size, batch, tokens)  # type: ignore[attr-defined]
     times = alternate({"dense": on_cpu(dense), "small": on_cpu(small)}, inputs, rounds)
     first, second = times["dense"], times["small"]
     return Latency(

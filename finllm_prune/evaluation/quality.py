@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import bootstrap
 from torch import Tensor
 
@@ -16,7 +17,8 @@ class Quality:
     """What was measured on one split.
 
     Args:
-        metrics: name -> ``dense`` and ``pruned`` values, each with its 95 % bootstrap interval (``..._interval``).
+        metrics: name -> ``dense`` and ``pruned`` values and their ``difference`` (pruned - dense), each with its 95 % bootstrap
+            interval (``..._interval``), the difference's over the same units of both.
         retention: name -> pruned / dense.
         agreement: the part of units (rows, or queries) for which both models decide the same.
         flips: how many units lost and won by pruning: ``right_to_wrong`` and ``wrong_to_right`` where there is a right answer.
@@ -55,13 +57,17 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
     answers = {"dense": judge.answers(dense), "pruned": judge.answers(pruned)}
     values: dict[str, dict[str, Any]] = {name: {} for name in judge.metrics}
     for name, value in values.items():
+        draws = {}
         for kind, given in answers.items():
 
             def metric(units: Indices, name: str = name, given: Any = given) -> float:
                 return judge.value(name, given, units)
 
             value[kind] = judge.value(name, given)
-            value[f"{kind}_interval"] = _interval(metric, len(judge), seed, resamples)
+            draws[kind] = _resampled(metric, len(judge), seed, resamples)
+            value[f"{kind}_interval"] = _interval(draws[kind])
+        value["difference"] = value["pruned"] - value["dense"]
+        value["difference_interval"] = _interval(draws["pruned"] - draws["dense"])  # both of the same units each time
     was, now = (judge.worth(given) for given in answers.values())
     test, p = judge.paired_test(**answers)
     return Quality(
@@ -77,9 +83,15 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
     )
 
 
-def _interval(metric: Callable[[Indices], float], units: int, seed: int, resamples: int) -> list[float]:
+def _resampled(metric: Callable[[Indices], float], units: int, seed: int, resamples: int) -> NDArray[np.float64]:
     result = bootstrap(
         (np.arange(units),), metric, vectorized=False, method="percentile",
         n_resamples=resamples, rng=np.random.default_rng(seed),
     )  # fmt: skip
-    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+    draws: NDArray[np.float64] = result.bootstrap_distribution
+    return draws
+
+
+def _interval(draws: NDArray[np.float64]) -> list[float]:
+    """The middle 95 % of them."""
+    return [float(end) for end in np.percentile(draws, [2.5, 97.5])]

@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -41,6 +41,11 @@ class Retrieval:
     candidates: dict[str, Pools]
     source: str
     bad_rows: dict[str, dict[str, int]]
+
+    def of(self, queries: dict[str, set[str]]) -> "Retrieval":
+        """With these queries of each split alone."""
+        judged = {split: {q: v for q, v in each.items() if q in queries[split]} for split, each in self.judged.items()}
+        return replace(self, judged=judged)
 
 
 class Table(NamedTuple):

@@ -5,7 +5,7 @@ That is one of some labels, several of them (``label_sets``), or a number (``sco
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,7 +31,7 @@ from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, leakage, without_copies
-from finllm_prune.tasks.task import BUILTIN, Examples, Loss, check_columns, read_splits, split_files, take
+from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, check_columns, read_splits, split_files, take
 
 Tables = dict[str, datasets.Dataset]
 _SCORE = "score"  # what the one output of a regression is called
@@ -62,6 +62,8 @@ class Classification:
         normalise_numbers: each number becomes 0.
         bad_rows: ``refuse`` data with a row that has no text or an unknown label, or ``skip`` such rows, counted.
         id_column: names of rows; one that comes twice is a bad row.
+        config, revision: of a Hub id: which of its configurations, at which branch or commit; None takes its main ones.
+        keep_columns: columns that stay beside the texts, for the slices of a suite.
     """
 
     auto_class: ClassVar = AutoModelForSequenceClassification
@@ -87,6 +89,9 @@ class Classification:
     normalise_numbers: bool = False
     bad_rows: Choice = "refuse"
     id_column: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    keep_columns: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.max_length < 3:
@@ -105,7 +110,7 @@ class Classification:
 
     def load(self) -> Examples:
         left_out: dict[str, list[int]] | None = {} if self.bad_rows == "skip" else None
-        raw, source = read_splits(self.dataset, self.builtin, left_out)
+        raw, source = read_splits(self.dataset, self.builtin, left_out, self.config, self.revision)
         if self.split is None and ("train" not in raw or "test" not in raw):
             raise InputError(
                 f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}; add them, or set task.split"
@@ -128,6 +133,7 @@ class Classification:
             names = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
             splits, masked = self._without_names(splits, [name for name in names if isinstance(name, str)])
             facts |= {} if self.mask is None else {"masked": masked}
+        splits = {name: self._with_kept(rows, tables[name].select(good[name])) for name, rows in splits.items()}
         if self.split is not None:
             splits, facts["split"] = _divided(
                 splits, [keys[name][row] for name in splits for row in good[name]], self.split
@@ -207,6 +213,7 @@ class Classification:
             "text_column": self.text_column, "label_column": self.label_column, "pair_column": self.pair_column,
             "id_column": self.id_column, "split.by": self.split.by if self.split else None,
             "mask.column": self.mask.column if self.mask else None,
+            **{f"{KEPT}{column}": column for column in self.keep_columns},
         }  # fmt: skip
         return {key: column for key, column in asked.items() if column is not None}
 
@@ -327,6 +334,11 @@ class Classification:
             return lambda batch, _: change(split, batch)
 
         return {name: rewritten(rows, of(name), rows.features) for name, rows in splits.items()}, counts
+
+    def _with_kept(self, rows: datasets.Dataset, raw: datasets.Dataset) -> datasets.Dataset:
+        """``keep_columns`` beside the texts, whatever these and their labels were called."""
+        kept = [raw.select_columns([name]).rename_column(name, f"{KEPT}{name}") for name in self.keep_columns]
+        return datasets.concatenate_datasets([rows, *kept], axis=1)
 
     def _complete(self, whole: dict[str, datasets.Dataset], source: str) -> dict[str, datasets.Dataset]:
         """A sample of the training rows if asked, and a validation split from them where there is none."""

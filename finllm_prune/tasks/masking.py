@@ -1,7 +1,7 @@
 """Words that a model is not to learn: names of companies, tickers, figures."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -68,15 +68,15 @@ class Masker:
             assert first is not None
             self.by_first.setdefault(first[0], []).append(name)
 
-    def __call__(self, text: str) -> str:
-        """The text without the names."""
+    def __call__(self, text: str, other: Callable[[str], str] | None = None) -> str:
+        """The text without the names; ``other`` gives what is to stand in the place of each instead of the word."""
         parts, end = [], 0
         for token in _TOKEN.finditer(text):
             if token.start() < end:
                 continue
             found = next((name for name in self.by_first.get(token[0], ()) if _stands(name, text, token.start())), None)
             if found is not None:
-                parts += [text[end : token.start()], self.word]
+                parts += [text[end : token.start()], self.word if other is None else other(found)]
                 end = token.start() + len(found)
         return "".join([*parts, text[end:]])
 

@@ -17,9 +17,11 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedTokenizerBase
 from finllm_prune.errors import InputError
 from finllm_prune.judges import Judge
 from finllm_prune.tasks.batchwise import Batch, rewritten
-from finllm_prune.tasks.rows import copy_readable, not_utf8
+from finllm_prune.tasks.rows import bare_null, copy_readable, not_utf8
 
 BUILTIN = Path(__file__).parents[1] / "data"
+PARQUET = "refs/convert/parquet"
+KEPT = "keep_columns."  # what the names of columns begin with that a task keeps beside its texts
 Loss = Callable[[Tensor, Tensor], Tensor]
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
@@ -139,12 +141,18 @@ def find_task(name: str) -> type[Task]:
 
 
 def read_splits(
-    dataset: str, builtin: str, left_out: dict[str, list[int]] | None = None
-) -> tuple[datasets.DatasetDict, str]:
+    dataset: str, builtin: str, left_out: dict[str, list[int]] | None = None,
+    config: str | None = None, revision: str | None = None,
+) -> tuple[datasets.DatasetDict, str]:  # fmt: skip
     """``builtin``, a local folder of parquet, jsonl or csv splits, or a Hub id -> splits and their source in words.
 
-    ``left_out`` is told the lines of each split that cannot be read; None refuses such a file.
+    ``left_out`` is told the lines of each split that cannot be read; None refuses such a file. ``config`` and ``revision`` are
+    of a Hub id.
     """
+    if (config or revision) and (dataset == "builtin" or Path(dataset).is_dir()):
+        raise InputError(
+            f"task.{'config' if config else 'revision'}: {dataset} is no Hub id, which alone has such; remove the key"
+        )
     if dataset == "builtin":
         return read_folder(BUILTIN / builtin), f"the {builtin} sentences that finllm-prune embeds"
     folder = Path(dataset)
@@ -153,7 +161,10 @@ def read_splits(
     if folder.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
         raise InputError(f"task.dataset: there is no folder '{dataset}'; name a folder, a Hub id, or builtin")
     try:
-        return datasets.load_dataset(dataset), f"{dataset} of the Hugging Face Hub"
+        source = " ".join(part for part in (dataset, config, revision and f"at {revision}") if part)
+        # The branch that the Hub itself converts to parquet has a folder for each configuration, and no names for them.
+        part = {"data_dir" if revision == PARQUET else "name": config}
+        return datasets.load_dataset(dataset, revision=revision, **part), f"{source} of the Hugging Face Hub"
     except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -215,6 +226,8 @@ def read_file(path: Path, split: str, left_out: list[int] | None = None) -> data
             f"{path}, line {bad[0]}, holds bytes that are not UTF-8{count}; save it as UTF-8, or leave such rows of "
             "task.dataset out by task.bad_rows: skip"
         )
+    if path.suffix in (".json", ".jsonl") and (line := bare_null(path)) is not None:
+        raise InputError(f"{path}, line {line}, is no row, but null; take it out")
     return _loaded(path, split, named=path)
 
 

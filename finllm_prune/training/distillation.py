@@ -93,6 +93,8 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.settings = settings
         self.layers = list(layers)
+        self.outputs = model.config.num_labels
+        self.of_sets = model.config.problem_type == "multi_label_classification"
         own = model.config.hidden_size
         widths_differ = settings.hidden > 0 and width not in (None, own)
         self.projection = Projection(width, own) if widths_differ and width is not None else None
@@ -135,12 +137,12 @@ class Teacher:
 
     def _distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Of the logits, by ``settings.logits``."""
-        one = self.model.config.num_labels == 1
+        one = self.outputs == 1
         is_list = one and labels is not None and labels.ndim == 2
         kind = self.settings.logits
         if kind == "auto":
             kind = "margin_mse" if is_list else "mse" if one else "kl"
-        if kind == "kl" and self.model.config.problem_type == "multi_label_classification":
+        if kind == "kl" and self.of_sets:
             return set_kl(student, teacher, self.settings.temperature)
         if kind == "kl" and not one:
             return kl(student, teacher, self.settings.temperature)

@@ -1,0 +1,48 @@
+"""Do probabilities mean what they say?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of one model on one set of classes.
+
+    Args:
+        ece: the expected calibration error (Guo et al. 2017): |accuracy - confidence|, the mean over the rows of all bins.
+        brier: the squared distance of the probabilities from the right answer, summed over classes, the mean over rows
+            (Brier 1950): 0 is perfect, 2 the worst.
+        bins: of equal width in the confidence; of each that holds rows its mean ``confidence``, its ``accuracy``, ``rows``.
+    """
+
+    ece: float
+    brier: float
+    bins: list[dict[str, Any]]
+
+
+def calibration(logits: Tensor, references: NDArray[np.int64], bins: int = 15) -> Calibration:
+    """Args:
+    logits: shape (rows, classes).
+    references: the right class of each row, shape (rows,).
+    bins: of the confidence, from 0 to 1.
+    """
+    probabilities = logits.double().softmax(-1).numpy()
+    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == references
+    # A bin holds its upper edge, as Guo et al. have it.
+    places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    filled = [
+        {"confidence": float(confidence[rows].mean()), "accuracy": float(right[rows].mean()), "rows": int(rows.sum())}
+        for rows in (places == number for number in range(bins))
+        if rows.any()
+    ]
+    gaps = [abs(each["accuracy"] - each["confidence"]) * each["rows"] for each in filled]
+    truth = np.eye(probabilities.shape[1])[references]
+    return Calibration(
+        ece=float(sum(gaps) / len(references)),
+        brier=float(((probabilities - truth) ** 2).sum(-1).mean()),
+        bins=filled,
+    )

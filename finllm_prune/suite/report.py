@@ -1,0 +1,208 @@
+"""What a suite measured, frozen: the verdicts, the gates, the table and the JSON are read from it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from finllm_prune.evaluation import GATES, Latency, Quality
+from finllm_prune.evaluation.calibration import Calibration
+from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm
+from finllm_prune.suite.perturbations import PERTURBATIONS
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """Dense against pruned on one set.
+
+    Args:
+        name: of the set.
+        task: its name.
+        model, baseline: pruned and dense.
+        source: of the data, in words.
+        fingerprint: of the data.
+        units: how many were judged.
+        unit: what one is called: row, query.
+        headline: the metric that is the mean worth of the units, which the test and the slices look at.
+        quality: metrics with intervals, agreement, flips, paired test.
+        tested: whether pruned is not worse than dense by more than the margin.
+        calibration: of ``dense`` and ``pruned``; None where there are no classes.
+        tax: what each class pays, that which pays most first.
+        slices: ``by``, ``part``, ``units``, ``dense``, ``pruned``, ``difference``, ``interval``.
+        robustness: ``change``, ``rows`` that it changed, on what part of these ``dense`` and ``pruned`` changed their mind.
+        latency: at the set's median length.
+        published: figures of others.
+        changed: texts whose worth has changed, where they are to be shown.
+    """
+
+    name: str
+    task: str
+    model: str
+    baseline: str
+    source: str
+    fingerprint: str
+    units: int
+    unit: str
+    headline: str
+    quality: Quality
+    tested: Outcome
+    calibration: dict[str, Calibration] | None
+    tax: list[dict[str, Any]]
+    slices: list[dict[str, Any]]
+    robustness: list[dict[str, Any]]
+    latency: Latency | None
+    published: list[dict[str, Any]]
+    changed: list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class SuiteReport:
+    """All sets.
+
+    Args:
+        sets: that were measured.
+        left_out: set -> why it could not be.
+        model, baseline: pruned and dense, as they were named.
+        asked: margin and level of the headline.
+        gates: thresholds.
+        suite: as it was read.
+        surroundings: versions, machine, commit.
+    """
+
+    sets: list[SetResult]
+    left_out: dict[str, str]
+    model: str
+    baseline: str
+    asked: NonInferiority
+    gates: dict[str, float]
+    suite: dict[str, Any]
+    surroundings: dict[str, Any]
+
+    def corrected(self) -> dict[str, dict[str, float]]:
+        """Set -> the p-values ``not_worse`` (one-sided) and ``paired`` (two-sided), each corrected over the sets by Holm."""
+        families = [[each.tested.p for each in self.sets], [each.quality.paired_p for each in self.sets]]
+        pairs = zip(*map(holm, families), strict=True)
+        return {each.name: {"not_worse": p, "paired": q} for each, (p, q) in zip(self.sets, pairs, strict=True)}
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """Set -> the answer to the headline's question."""
+        p = self.corrected()
+        return {each.name: each.tested.verdict(p[each.name]["not_worse"], self.asked.alpha) for each in self.sets}
+
+    def headline(self) -> str:
+        """The answer in a sentence."""
+        words = {"not worse": "shown on", "not shown": "not shown on", "worse": "worse on"}
+        sets = {verdict: [name for name, own in self.verdicts().items() if own == verdict] for verdict in words}
+        parts = [f"{words[verdict]} {', '.join(names)}" for verdict, names in sets.items() if names]
+        return f"Not worse by more than {points(self.asked.margin)}: {'; '.join(parts)}"
+
+    def gate_rows(self) -> list[dict[str, Any]]:
+        """``set``, ``gate``, ``threshold``, ``value``, ``passed``, of each set that has it; what collapsed passes none."""
+        rows = []
+        for each in self.sets:
+            for gate, threshold in self.gates.items():
+                value = self._value(each, gate)
+                if value is not None:
+                    good = value <= threshold if GATES.get(gate) == "max" else value >= threshold
+                    passed = bool(good) and not each.quality.collapsed
+                    rows.append(
+                        {"set": each.name, "gate": gate, "threshold": threshold, "value": value, "passed": passed}
+                    )
+        return rows
+
+    def _value(self, each: SetResult, gate: str) -> float | None:
+        if gate == "non_inferiority":
+            return float(self.verdicts()[each.name] == "not worse")
+        if gate == "agreement":
+            return each.quality.agreement
+        if gate == "latency_ratio":
+            return each.latency.ratio if each.latency else None
+        if gate.endswith("_retention"):
+            return each.quality.retention.get(gate.removesuffix("_retention"))
+        return each.quality.metrics.get(gate, {}).get("pruned")
+
+    def passed(self) -> bool:
+        """Whether all gates are; none that is asked for may be without any set that has its value."""
+        rows = self.gate_rows()
+        return all(row["passed"] for row in rows) and {row["gate"] for row in rows} == set(self.gates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with what was concluded."""
+        corrected, verdicts = self.corrected(), self.verdicts()
+        return {
+            "headline": self.headline(),
+            "passed": self.passed(),
+            **{key: value for key, value in asdict(self).items() if key not in ("sets", "gates")},
+            "gates": self.gate_rows(),
+            "sets": [
+                asdict(each) | {"corrected_p": corrected[each.name], "verdict": verdicts[each.name]}
+                for each in self.sets
+            ],
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows for a terminal: figures down, sets across."""
+        verdicts, corrected = self.verdicts(), self.corrected()
+        figures: dict[str, Callable[[SetResult], str]] = {
+            "units": lambda each: f"{each.units:,} {each.unit}s",
+            "metric": lambda each: each.headline,
+            "dense": lambda each: _mean(each, "dense"),
+            "pruned": lambda each: _mean(each, "pruned"),
+            "difference, points": lambda each: f"{100 * each.tested.difference:+.1f}",
+            f"  {self.confidence()} interval": lambda each: "[{:+.1f}, {:+.1f}]".format(
+                *np.multiply(100, each.tested.interval)
+            ),
+            f"not worse by {points(self.asked.margin)}": lambda each: verdicts[each.name],
+            "  p, Holm": lambda each: p_value(corrected[each.name]["not_worse"]),
+            "  units to show it": lambda each: (
+                f"about {each.tested.units_needed:,}" if verdicts[each.name] == "not shown" else ""
+            ),
+            "same answer": lambda each: f"{each.quality.agreement:.1%}",
+            "lost / won": lambda each: " / ".join(map(str, each.quality.flips.values())),
+            "paired test, p, Holm": lambda each: p_value(corrected[each.name]["paired"]),
+            "ECE, dense → pruned": _ece,
+            "class that pays most": lambda each: _most(each.tax, "{label}"),
+            "slice that pays most": lambda each: _most(each.slices, "{by}: {part}"),
+            **{f"mind changed: {change}": partial(_changed_mind, change) for change in PERTURBATIONS},
+            "latency, pruned / dense": lambda each: f"{each.latency.ratio:.2f}" if each.latency else "",
+        }
+        rows = [[what, *(cell(each) for each in self.sets)] for what, cell in figures.items()]
+        return ["", *(each.name for each in self.sets)], [row for row in rows if any(row[1:])]
+
+    def confidence(self) -> str:
+        """Of the intervals of differences in worth."""
+        return f"{100 - 200 * self.asked.alpha:g} %"
+
+
+def points(margin: float) -> str:
+    """A margin in words."""
+    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
+
+
+def p_value(p: float) -> str:
+    """Three digits, or that it is less."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _mean(each: SetResult, kind: str) -> str:
+    metric = each.quality.metrics.get(each.headline)
+    if metric is None:
+        return ""
+    low, high = metric[f"{kind}_interval"]
+    return f"{metric[kind]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _ece(each: SetResult) -> str:
+    return " → ".join(f"{kind.ece:.3f}" for kind in each.calibration.values()) if each.calibration else ""
+
+
+def _most(parts: list[dict[str, Any]], name: str) -> str:
+    worst = min(parts, key=lambda part: float(part["difference"]), default=None)
+    return f"{name.format(**worst)} {100 * worst['difference']:+.1f}" if worst else ""
+
+
+def _changed_mind(change: str, each: SetResult) -> str:
+    row = next((row for row in each.robustness if row["change"] == change and row["rows"]), None)
+    return f"{row['dense']:.1%} → {row['pruned']:.1%}" if row else ""

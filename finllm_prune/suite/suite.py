@@ -1,0 +1,186 @@
+"""A suite: YAML and ``key.sub=value`` overrides -> sets on which two models are compared; strict, as a recipe is."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finllm_prune.errors import InputError
+from finllm_prune.evaluation.non_inferiority import NonInferiority
+from finllm_prune.settings import build, mapping, named, read_yaml, refuse_unknown, typed
+from finllm_prune.suite.perturbations import PERTURBATIONS, Perturbation
+from finllm_prune.suite.slices import SLICES
+from finllm_prune.tasks import Task, find_task
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure that others have published on the same data, shown beside those that are measured, never tested against them.
+
+    Args:
+        model: that they measured.
+        metric: by its name here.
+        value: of it.
+        source: where it stands, and what differs.
+    """
+
+    model: str
+    metric: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How latency is measured, at a set's median length.
+
+    Args:
+        batch: sequences at a time.
+        rounds: how many pairs are counted, the models in turn.
+    """
+
+    batch: int = 1
+    rounds: int = 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One set of a suite.
+
+    Args:
+        name: that the tables show.
+        task: with its data, as in a recipe.
+        slices: ``length``, ``numbers``, ``negation``, or columns of the data.
+        perturbations: of ``PERTURBATIONS``, by name or as a mapping with ``name``.
+        published: figures of others.
+        margin: of non-inferiority; None takes the suite's.
+        model, baseline: which models are compared here; None takes those of the command line.
+    """
+
+    name: str
+    task: Task
+    slices: list[str]
+    perturbations: list[Perturbation]
+    published: list[Published] = field(default_factory=list)
+    margin: float | None = None
+    model: str | None = None
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Sets, and what is asked of all of them.
+
+    Args:
+        sets: at least one.
+        non_inferiority: the test that is the headline.
+        gates: measured value -> threshold, on each set that has the value; ``non_inferiority: true`` asks for that verdict.
+        speed: None (``speed: false``) measures no latency.
+        seed: of the bootstrap and the perturbations.
+        resamples: of the bootstrap.
+        bins: of the calibration error.
+        resolved: the suite as it was read.
+    """
+
+    sets: list[Entry]
+    non_inferiority: NonInferiority = field(default_factory=NonInferiority)
+    gates: dict[str, float] = field(default_factory=dict)
+    speed: Speed | None = field(default_factory=Speed)
+    seed: int = 0
+    resamples: int = 999
+    bins: int = 15
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def load(path: Path, overrides: Sequence[str] = ()) -> "Suite":
+        """Read and check a YAML file; data and models are looked at later.
+
+        Raises:
+            InputError: one sentence with the file, the key and the remedy.
+        """
+        data = read_yaml(path, overrides, "suite")
+        try:
+            return parse(data)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def parse(data: dict[str, Any]) -> Suite:
+    """A suite from plain data; raises InputError as ``Suite.load`` does, without a file name."""
+    refuse_unknown(data, [f.name for f in dataclasses.fields(Suite) if f.name != "resolved"], "")
+    given = data.get("sets")
+    if not isinstance(given, list) or not given:
+        raise InputError(
+            "sets: a list of at least one set is needed, as {name: mine, task: {name: sentiment, dataset: data/mine}}"
+        )
+    sets = [_entry(each, f"sets.{number}") for number, each in enumerate(given)]
+    names = [entry.name for entry in sets]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"sets: two of them are called '{twice}'; give each a name of its own")
+    speed = data.get("speed", {})
+    others = {key: data[key] for key in ("seed", "resamples", "bins") if key in data}
+    for key, value in others.items():
+        if typed(int, value, key) < (0 if key == "seed" else 1):
+            raise InputError(f"{key}: a whole number above {-1 if key == 'seed' else 0} is needed, not {value}")
+    suite = Suite(
+        sets=sets,
+        non_inferiority=build(NonInferiority, data.get("non_inferiority") or {}, "non_inferiority"),
+        gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
+        speed=None if speed in (None, False) else build(Speed, speed, "speed"),
+        resolved=data,
+        **others,
+    )
+    _check_gates(suite)
+    return suite
+
+
+def _entry(data: Any, where: str) -> Entry:
+    settings = mapping(data, where)
+    refuse_unknown(settings, [f.name for f in dataclasses.fields(Entry)], where)
+    for key in ("name", "task"):
+        if key not in settings:
+            raise InputError(f"{where}.{key}: this key is missing")
+    asked = settings["task"]
+    task = mapping({"name": asked} if isinstance(asked, str) else asked, f"{where}.task")
+    if "name" not in task:
+        raise InputError(f"{where}.task.name: this key is missing; name a task, as sentiment")
+    names = typed(list[str], settings.get("slices", list(SLICES)), f"{where}.slices")
+    changes = typed(list[Any], settings.get("perturbations", list(PERTURBATIONS)), f"{where}.perturbations")
+    perturbations = [named(PERTURBATIONS, each, f"{where}.perturbations.{i}") for i, each in enumerate(changes)]
+    columns = [name for name in names if name not in SLICES]
+    columns += [column for each in perturbations for column in each.columns()]
+    published = typed(list[Any], settings.get("published") or [], f"{where}.published")
+    optional = {key: typed(str | None, settings.get(key), f"{where}.{key}") for key in ("model", "baseline")}
+    margin = typed(float | None, settings.get("margin"), f"{where}.margin")
+    if margin is not None and not 0 < margin < 1:
+        raise InputError(f"{where}.margin: it lies between 0 and 1 (0.01 is a point), as {margin:g} does not")
+    return Entry(
+        name=typed(str, settings["name"], f"{where}.name"),
+        task=_task(task, list(dict.fromkeys(columns)), where),
+        slices=names,
+        perturbations=perturbations,
+        published=[build(Published, each, f"{where}.published.{i}") for i, each in enumerate(published)],
+        margin=margin,
+        **optional,
+    )
+
+
+def _task(data: dict[str, Any], columns: list[str], where: str) -> Task:
+    """A task that keeps these columns beside its texts."""
+    settings = {key: value for key, value in data.items() if key != "name"}
+    if columns:
+        settings["keep_columns"] = [*settings.get("keep_columns", []), *columns]
+    try:
+        return build(find_task(data["name"]), settings, f"{where}.task")
+    except InputError as error:
+        said = str(error)  # a task speaks of its keys as those of a recipe
+        raise InputError(f"{where}.{said}" if said.startswith("task.") else said) from None
+
+
+def _check_gates(suite: Suite) -> None:
+    metrics = [name for entry in suite.sets for name in entry.task.metrics]
+    known = ["non_inferiority", "agreement", "latency_ratio", *metrics, *(f"{name}_retention" for name in metrics)]
+    refuse_unknown(suite.gates, list(dict.fromkeys(known)), "gates")
+    if "latency_ratio" in suite.gates and suite.speed is None:
+        raise InputError("gates.latency_ratio: no latency is measured with speed: false; remove one of the two")

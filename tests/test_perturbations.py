@@ -1,0 +1,107 @@
+"""Perturbations and slices: what of a text changes, what does not, and where texts go."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finllm_prune.errors import InputError
+from finllm_prune.suite.perturbations import PERTURBATIONS, Companies, Negations, Numbers
+from finllm_prune.suite.slices import slices
+from finllm_prune.tasks import KEPT
+
+
+def rows(*texts: str, **columns: list[object]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": list(texts), **columns})
+
+
+@pytest.mark.parametrize(
+    ("text", "doubled"),
+    [
+        ("Profit rose 5% to 12.50 from 10.", "Profit rose 10% to 25.00 from 20."),
+        ("Sales of $1,250.5 million, 3bn and 7 m", "Sales of $2,501.0 million, 6bn and 14 m"),
+        ("EUR 12,5 million", "EUR 25,0 million"),
+        ("On 31 December 2023 and March 15, 2024", "On 31 December 2023 and March 15, 2024"),
+        ("Form 10-K, Q3, 5G, Item 1.2.3, 007", "Form 10-K, Q3, 5G, Item 1.2.3, 007"),
+        ("0.5 points, 0", "1.0 points, 0"),
+    ],
+)
+def test_numbers_are_multiplied_in_their_own_format(text: str, doubled: str) -> None:
+    assert Numbers().change(text, 2.0) == doubled
+
+
+@given(st.lists(st.integers(0, 1800), min_size=2, max_size=2, unique=True), st.integers(0, 9))
+def test_what_was_more_is_not_less_afterwards(amounts: list[int], seed: int) -> None:
+    (text,) = Numbers()(rows("from {} to {} units".format(*amounts)), seed)
+    before, after = np.array(amounts), np.array([int(word) for word in text.split() if word.isdigit()])
+    assert (before[0] < before[1]) == (after[0] < after[1]) or after[0] == after[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "negated"),
+    [
+        ("Profit was up and sales were down.", "Profit was not up and sales were down."),
+        ("It will not pay, but it can grow.", "It will not pay, but it can not grow."),
+        ("Profit rose.", "It is not true that Profit rose."),
+    ],
+)
+def test_one_negation_is_put_in(text: str, negated: str) -> None:
+    assert Negations().change(text) == negated
+
+
+def test_companies_become_other_companies_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("Korvix\n\n")
+    data = rows(
+        "The Alder Creek Group bought Borealis Holdings; Alder Creek Group shares rose.",
+        "Sales of Dunmore Freight fell.",
+        "Korvix paid nothing.",
+        "Nobody is named here.",
+        **{f"{KEPT}company": [None, "Dunmore Freight", None, None]},
+    )
+    change = Companies(column="company", names=str(tmp_path / "names.txt"))
+    one, two, three, four = change(data, 0)
+    assert "Alder Creek Group" not in one
+    assert "Borealis Holdings" not in one
+    buyer, bought = one.removeprefix("The ").split(";")[0].split(" bought ")
+    assert buyer != bought
+    assert {buyer, bought} == {"Dunmore Freight", "Korvix"}
+    assert one.endswith(f"; {buyer} shares rose.")
+    assert "Dunmore" not in two
+    assert "Korvix" not in three
+    assert four == data[3]["text"]
+    with pytest.raises(InputError, match=r"companies\.names"):
+        Companies(names=str(tmp_path / "none.txt"))(data, 0)
+
+
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_a_text_changes_alike_whatever_lies_beside_it(name: str) -> None:
+    text = "Alder Creek Group is worth 15 million, Borealis Holdings 20 and Cormorant Bank 30."
+    change = PERTURBATIONS[name]()
+    (alone,), (_, beside) = change(rows(text), 3), change(rows("Profit was up.", text), 3)
+    assert alone == beside
+    assert change(rows(text), 3) == change(rows(text), 3)
+
+
+def test_slices_hold_each_row_once() -> None:
+    data = rows(
+        "Up.", "Profit was not 5.", "One two three four.", "No.", "Sales rose 3 per cent in the year.", "It grew.",
+        **{f"{KEPT}sector": ["a", "b", "a", None, "a", "b"], f"{KEPT}year": [2001, 2002, 2003, 2004, 2005, 2006]},
+    )  # fmt: skip
+    found = slices(["length", "numbers", "negation", "sector", "year"], data)
+    for parts in found.values():
+        assert sorted(np.concatenate(list(parts.values()))) == list(range(6))
+    assert found["numbers"]["with"].tolist() == [1, 4]
+    assert found["negation"]["with"].tolist() == [1, 3]
+    assert {name: part.tolist() for name, part in found["sector"].items()} == {"a": [0, 2, 4], "b": [1, 5], "None": [3]}
+    assert list(found["length"]) == ["up to 1 words", "up to 4 words", "more than 4 words"]
+
+
+def test_many_values_of_a_column_are_the_frequent_ones_and_the_others_or_thirds_of_numbers() -> None:
+    names = [chr(97 + number) for number in range(20) for _ in range(20 - number)]
+    data = rows(*names, **{f"{KEPT}name": names, f"{KEPT}size": list(np.arange(len(names)) * 1.5)})
+    found = slices(["name", "size"], data)
+    assert list(found["name"]) == [*"abcdefghij", "all others"]
+    assert [len(part) for part in found["size"].values()] == [70, 70, 70]
