@@ -159,6 +159,9 @@ def _loads_with(folder: Path) -> str:
         return "finllm_prune.checkpoints.delta.apply"
     if any(folder.glob("*.onnx")):
         return "onnxruntime"
-    if "quantization_config" in (folder / "config.json").read_text():
+    config = (folder / "config.json").read_text()
+    if "auto_map" in config and "quantization_config" in config:
+        return "from_pretrained with trust_remote_code=True, or after import finllm_prune"
+    if "quantization_config" in config:
         return "import finllm_prune, then from_pretrained"
     return "from_pretrained"

@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from finllm_prune.checkpoints import SERVED
+from finllm_prune.checkpoints import SERVED, find_engine
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import Target, price
+from finllm_prune.evaluation import Engine, Target, on_cpu, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
@@ -149,7 +149,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     costs = None
     if (target := recipe.pruning.target) is not None:
         _refuse_too_long(target, config)
-        costs = price(target, model, small, groups)
+        costs = price(target, model, small, groups, engine_of(target))
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
     )
@@ -202,6 +202,11 @@ def _check_rules(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
     return groups
 
 
+def engine_of(target: Target) -> Engine:
+    """What makes of a model what the target's runtime runs; raises InputError where a package is missing."""
+    return on_cpu if target.runtime == "torch" else find_engine(target.runtime)
+
+
 def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and target.kind != "size" and target.tokens > longest:
@@ -212,7 +217,7 @@ def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
 
 def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:
     """What a recipe asks for beyond the rules, and not every architecture can give."""
-    for name, ragged in (("compact", False), ("ragged", True)):
+    for name, ragged in (("compact", False), ("ragged", True), ("ragged-remote", True)):
         shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule, ragged) for rule in rules)
         if name in recipe.export and not shrinks:
             raise InputError(
@@ -268,15 +273,17 @@ def _check_vocabulary(work: Path, trimmed: Trimmed) -> None:
 
 def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> None:
     """What no ONNX graph can be made of, or none was tried on."""
-    asked = [name for name in recipe.export if name in SERVED]
+    target = recipe.pruning.target
+    asked = [name for name in (*recipe.export, target.runtime if target else "torch") if name in SERVED]
     if asked and not isinstance(architecture, Family):
         raise InputError(
-            f"export: {asked[0]} is made of models with a family, and {model.config.model_type} has none; drop it from export"
+            f"export: {asked[0]} is made of models with a family, and {model.config.model_type} has none; "
+            "drop it from export and target"
         )
     if asked and model.num_parameters() * 4 > GRAPH_BYTES:
         raise InputError(
             f"export: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in fp32; "
-            f"drop {asked[0]} from export"
+            f"drop {asked[0]} from export and target"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from finllm_prune.checkpoints import find_format
+from finllm_prune.checkpoints import find_engine, find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Target, check_gates
 from finllm_prune.hub.push import Hub
@@ -184,13 +184,13 @@ def parse(data: dict[str, Any]) -> Recipe:
         _check_recovery(recipe, recipe.recovery)
     couples = recipe.pruning.fill or any(rule.structure.couples for rule in recipe.pruning.rules)
     shrinks = recipe.model.keep_layers or couples
-    for name in ("compact", "ragged"):
+    for name in ("compact", "ragged", "ragged-remote"):
         if name in recipe.export and not shrinks:
             raise InputError(
                 f"export: no rule removes whole neurons, heads or layers, so {name} would be as large as masked; "
                 f"drop {name} from export, or add a rule with structure: neuron"
             )
-    if "latency_ratio" in recipe.gates and not {"compact", "ragged"} & set(recipe.export):
+    if "latency_ratio" in recipe.gates and not {"compact", "ragged", "ragged-remote"} & set(recipe.export):
         raise InputError(
             "gates.latency_ratio: only a compact or ragged model is faster; add one to export or drop the gate"
         )
@@ -209,6 +209,8 @@ def _pruning(data: Any) -> Pruning:
     schedule = named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
     fill = typed(bool, settings.get("fill", False), "pruning.fill")
     target = _optional(Target, settings.get("target"), "pruning.target")
+    if target is not None and target.runtime != "torch":
+        find_engine(target.runtime)
     _refuse_beside_target(target, rules, settings)
     if fill:
         refuse_unfillable(rules)
