@@ -57,7 +57,7 @@ def run(
         return
     _print_rows(report.rows(), "dense against pruned, test split")
     if report.quality.collapsed:
-        console.print("[bold red]The pruned model has collapsed: it predicts one class for every text.")
+        console.print(f"[bold red]The pruned model has collapsed: it {report.quality.collapse}.")
     if report.target is not None and not report.target["met"]:
         console.print(
             f"[bold red]The target was missed: {report.target['kind']} {report.target['asked']:g} asked, "
@@ -101,10 +101,20 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="With --suite: values of it to change.")
     ] = None,
-    task: Annotated[str, typer.Option(help="The task, as sentiment.")] = "sentiment",
-    dataset: Annotated[str, typer.Option(help="builtin, a folder of splits, or a Hub id.")] = "builtin",
+    task: Annotated[str | None, typer.Option(help="The task; by default the recipe's, or sentiment.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="builtin, a folder of splits, or a Hub id; by default the recipe's, or builtin.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Says how texts are prepared (pairs, masks, windows); by default the recipe.yaml beside the model."
+        ),
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens; longer texts are cut. By default as the task does it.")
+    ] = None,
     suite: Annotated[Path | None, typer.Option(help="A YAML file of sets, as recipes/suites/quickstart.yaml.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="With --suite: write a page here.")] = None,
@@ -124,22 +134,26 @@ def evaluate(
 
     Exit codes: 0 done, 2 bad input, 3 a gate of the suite failed (everything is written).
     """
+    import datasets
+
+    from finllm_prune.saved import evaluate_saved
+
     _refuse_no_folder(json_file)
     _refuse_no_folder(html_file, "--html")
+    datasets.disable_progress_bars()
     if suite is not None:
         if baseline is None:
             raise InputError("--suite: name the dense model to compare with by --baseline")
-        if (task, dataset, max_length) != ("sentiment", "builtin", 128):
-            raise InputError("--suite: its sets have their own tasks; remove --task, --dataset and --max-length")
+        if task or dataset or recipe or max_length:
+            raise InputError(
+                "--suite: its sets have their own tasks; remove --task, --dataset, --recipe and --max-length"
+            )
         _evaluate_suite(suite, overrides or [], model, baseline, json_file, html_file, keep, show_texts)
         return
     if overrides or html_file or keep or show_texts:
         raise InputError("KEY=VALUE, --html, --keep and --show-texts go with --suite; add it or remove them")
-
-    from finllm_prune.saved import evaluate_saved
-
-    figures, rows = evaluate_saved(model, task, dataset, baseline, max_length)
-    _print_rows(rows, f"{model} on {dataset}")
+    figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
+    _print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -148,12 +162,9 @@ def _evaluate_suite(
     path: Path, overrides: list[str], model: str, baseline: str,
     json_file: Path | None, html_file: Path | None, keep: Path | None, show_texts: bool,
 ) -> None:  # fmt: skip
-    import datasets
-
     from finllm_prune.staging import save_text
     from finllm_prune.suite import Suite, evaluate_suite, page
 
-    datasets.disable_progress_bars()
     loaded = Suite.load(path, overrides)
     try:
         report = evaluate_suite(loaded, model, baseline, keep, show_texts)
@@ -316,7 +327,8 @@ def _options(
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for chatty in ("httpx2", "bm25s"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _refuse_no_folder(file: Path | None, option: str = "--json") -> None:

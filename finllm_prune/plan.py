@@ -230,7 +230,7 @@ def _few_steps(
         args = training_arguments(ready.recipe, Path(folder), phase, changes | short)
         trainer = PruningTrainer(
             model, args, train_dataset=ready.tokens["train"], data_collator=ready.recipe.task.collator(ready.tokenizer),
-            processing_class=ready.tokenizer, callbacks=[watch], **parts,
+            processing_class=ready.tokenizer, callbacks=[watch], task_loss=ready.recipe.task.loss(ready.examples), **parts,
         )  # fmt: skip
         per_epoch = max(1, len(trainer.get_train_dataloader()) // whole.gradient_accumulation_steps)
         trainer.remove_callback(PrinterCallback)  # a plan is one table

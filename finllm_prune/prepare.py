@@ -121,10 +121,12 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     )
     config = load_config(location)
     architecture = find_architecture(config.model_type)
+    _check_gates(recipe, examples)
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
     tokenizer = load_tokenizer(location)
+    recipe.task.fit_tokenizer(tokenizer, config)
     _refuse_no_padding(location, model, tokenizer)
     vocabulary = None if recipe.vocabulary is None else _trim(recipe.vocabulary, model, tokenizer, examples)
     tokenizer = tokenizer if vocabulary is None else vocabulary[0].tokenizer
@@ -146,6 +148,14 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
     )
+
+
+def _check_gates(recipe: Recipe, examples: Examples) -> None:
+    """A gate on what another task measures."""
+    metrics = recipe.task.judge(examples).metrics
+    for name in recipe.gates:
+        if name.removesuffix("_retention") not in (*metrics, "agreement", "latency_ratio"):
+            raise InputError(f"gates.{name}: this task does not measure it but {', '.join(metrics)}; name one of these")
 
 
 def _refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -194,6 +204,12 @@ def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedCon
                 f"export: {name} can leave out nothing of what these rules cut in a {config.model_type} model; drop {name} "
                 "from export, or add a rule with structure: neuron"
             )
+    wrong = "kl" if config.num_labels == 1 else "margin_mse"
+    if recipe.distillation is not None and recipe.distillation.logits == wrong:
+        raise InputError(
+            f"distillation.logits: {wrong} compares {'classes' if wrong == 'kl' else 'passages'}, which the outputs for this "
+            "task are not; use auto"
+        )
     if recipe.distillation is not None and recipe.distillation.compares_layers and architecture.depth_of(config) == 0:
         raise InputError(
             f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0 "
@@ -302,7 +318,10 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     Raises:
         OtherLabels: they are other classes, and ``must_match`` names a checkpoint that has to know them.
     """
-    own = [name.lower() for name in _names(config)]
+    own = [name.lower() for name in class_names(config)]
+    causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    if len(labels) == 1 and (len(own) == 1 or causal):
+        return labels  # one output means the same whatever it is called
     by_name = {label.lower(): label for label in labels}
     if sorted(own) == sorted(by_name):
         return [by_name[name] for name in own]
@@ -369,7 +388,7 @@ def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
         (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
 
 
-def _names(config: PreTrainedConfig) -> list[str]:
+def class_names(config: PreTrainedConfig) -> list[str]:
     """The class names of a checkpoint, by index."""
     names: dict[Any, str] = dict(config.id2label or {})
     return [str(names[i]) for i in sorted(names)]
@@ -381,12 +400,15 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
         return None
     key, name = "distillation.teacher", recipe.distillation.teacher
     location, _ = locate(name, key)
-    if (known := _names(load_config(location, key))) != examples.labels:
+    config = load_config(location, key)
+    if (known := class_names(config)) != examples.labels and max(len(known), len(examples.labels)) > 1:
         raise InputError(
             f"{key}: {name} predicts {', '.join(known)}, not {', '.join(examples.labels)} in this order; "
             "name a teacher that was fine-tuned on the same labels"
         )
-    theirs = recipe.task.tokenize(examples.splits["train"], load_tokenizer(location, key))
+    tokenizer = load_tokenizer(location, key)
+    recipe.task.fit_tokenizer(tokenizer, config)
+    theirs = recipe.task.tokenize(examples.splits["train"], tokenizer)
     if any(own != other for own, other in zip(tokens["input_ids"], theirs["input_ids"], strict=True)):
         raise InputError(
             f"{key}: {name} reads the texts as other tokens than the model; name a teacher with the model's own tokenizer"

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import platform
 import subprocess
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from accelerate import PartialState
 
 from finllm_prune.hub.card import base_license
 from finllm_prune.prepare import Prepared
-from finllm_prune.tasks import Examples
 
 
 def provenance(ready: Prepared) -> dict[str, Any]:
@@ -30,8 +28,8 @@ def provenance(ready: Prepared) -> dict[str, Any]:
             "source": examples.source,
             "fingerprint": examples.fingerprint(),
             "rows": {name: len(rows) for name, rows in examples.splits.items()},
-            "test_labels": _counts(examples, "test"),
-            "labels": {name: _counts(examples, name) for name in examples.splits},
+            "test_labels": examples.counts("test"),
+            "labels": {name: examples.counts(name) for name in examples.splits},
             **examples.facts,
         },
         "recipe": recipe.resolved,
@@ -55,11 +53,6 @@ def surroundings(device: str) -> dict[str, Any]:
         },
         "commit": _commit(),
     }
-
-
-def _counts(examples: Examples, split: str) -> dict[str, int]:
-    """Label -> rows."""
-    return dict(Counter(examples.labels[i] for i in examples.splits[split]["label"]))
 
 
 def _vocabulary(ready: Prepared) -> dict[str, Any] | None:

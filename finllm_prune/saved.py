@@ -1,8 +1,8 @@
 """What can be asked of a saved model: how good it is, and how sparse."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from transformers import AutoModel
 
 from finllm_prune.checkpoints import is_served, serve
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import compare, layer_table, quality_rows
+from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows
 from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
-from finllm_prune.prepare import label_order, load_config, load_model, load_tokenizer
+from finllm_prune.prepare import class_names, label_order, load_config, load_model, load_tokenizer
+from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, find_task
+from finllm_prune.tasks.classification import Classification
 
 Rows = list[tuple[str, ...]]
 
@@ -42,6 +44,7 @@ class Saved:
         self.config = load_config(self.location)
         self.labels = label_order(self.config, examples.labels, must_match=name)
         self.tokenizer = load_tokenizer(self.location)
+        task.fit_tokenizer(self.tokenizer, self.config)
 
     @cached_property
     def model(self) -> Callable[..., Any]:
@@ -56,9 +59,15 @@ class Saved:
 
 
 def evaluate_saved(
-    model: str, task_name: str, dataset: str, baseline: str | None, max_length: int = 128
-) -> tuple[dict[str, Any], Rows]:
+    model: str, task_name: str | None = None, dataset: str | None = None, baseline: str | None = None,
+    max_length: int | None = None, recipe: Path | None = None,
+) -> tuple[dict[str, Any], Rows]:  # fmt: skip
     """Measure a saved model on a task's test split.
+
+    Args:
+        task_name, dataset, max_length: instead of the recipe's; without a recipe the built-in sentiment task.
+        baseline: the dense model to compare with.
+        recipe: whose task prepares the texts (pairs, masks, windows); None takes the ``recipe.yaml`` beside the model, if any.
 
     Returns:
         All figures, and the rows of a table: (what, value), or (what, dense, pruned) with a baseline.
@@ -66,19 +75,58 @@ def evaluate_saved(
     Raises:
         InputError: the model's labels are not those of the data, or one of them cannot be read.
     """
-    task = find_task(task_name)(dataset=dataset, max_length=max_length)  # type: ignore[call-arg]
+    task = _task(recipe or _beside(model), task_name, dataset=dataset, max_length=max_length)
     examples = task.load()
     names = dict.fromkeys([baseline or model, model])
     logits = {name: Saved(name, task, examples).logits(examples.splits["test"]) for name in names}
     quality = compare(task.judge(examples), logits[baseline or model], logits[model])
     if baseline is not None:
-        return asdict(quality), list(quality_rows(quality))
+        return asdict(quality), [*quality_rows(quality), *first_stage_rows(examples.facts)]
     figures = {
         name: {"value": value["pruned"], "interval": value["pruned_interval"]}
         for name, value in quality.metrics.items()
     }
-    rows = [(name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()]
-    return figures, list(rows)
+    rows: Rows = [
+        (name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()
+    ]
+    return figures, rows + [(what, value) for what, value, _ in first_stage_rows(examples.facts)]
+
+
+def ask(model: str, texts: Sequence[str]) -> Tensor:
+    """The logits (texts, outputs) of an exported model, each text prepared and read as in the training of its recipe.
+
+    Cleaned, masked, cut or read in windows: what a ``pipeline`` does not know of. Pairs of texts are not covered.
+
+    Raises:
+        InputError: no recipe of a classification lies beside the model.
+    """
+    location, _ = locate(model, served=True)
+    recipe = _beside(location)
+    task = _task(recipe, None)
+    if recipe is None or not isinstance(task, Classification):
+        raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
+    config, tokenizer = load_config(location), load_tokenizer(location)
+    labels = class_names(config)
+    rows = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": [0] * len(texts)})
+    tokens = task.tokenize(rows, tokenizer).remove_columns("labels")
+    answers = serve(Path(location)) if is_served(Path(location)) else load_model(task, location, labels)
+    return logits_of(answers, tokens, task.collator(tokenizer))
+
+
+def _beside(model: str) -> Path | None:
+    """The recipe that a run left in the folder of a model."""
+    path = Path(model) / "recipe.yaml"
+    return path if path.is_file() else None
+
+
+def _task(recipe: Path | None, name: str | None, **changes: Any) -> Task:
+    """The recipe's task where there is a recipe and it is of this task, with what is given changed."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    if recipe is not None:
+        task = Recipe.load(recipe).task
+        if name is None or isinstance(task, find_task(name)):
+            return replace(task, **given)  # type: ignore[type-var]
+    return find_task(name or "sentiment")(**given)
 
 
 def inspect_saved(model: str) -> Rows:

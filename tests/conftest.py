@@ -8,7 +8,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,12 @@ settings.load_profile("finllm_prune")
 
 
 def tiny_model(
-    model_type: str = "bert", layers: int = 2, hidden: int = 32, seed: int = 0, **more: object
+    model_type: str = "bert",
+    layers: int = 2,
+    hidden: int = 32,
+    seed: int = 0,
+    labels: Sequence[str] = LABELS,
+    **more: object,
 ) -> PreTrainedModel:
     """A random model of the real class: 4 heads (2 kv groups), 64 neurons, no dropout, so that runs can be compared exactly."""
     sizes = {
@@ -56,9 +61,9 @@ def tiny_model(
         },
     }.get(model_type, {})  # fmt: skip
     torch.manual_seed(seed)
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     config = AutoConfig.for_model(
-        model_type, max_position_embeddings=70, num_labels=3, **names,
+        model_type, max_position_embeddings=70, num_labels=len(labels), **names,
         **({"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | sizes | more),
     )  # fmt: skip
     return AutoModelForSequenceClassification.from_config(config)

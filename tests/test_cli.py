@@ -153,7 +153,7 @@ def test_evaluate_holds_a_model_against_its_baseline(
 
 
 def test_evaluate_on_the_embedded_data(call: Call, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("evaluate", finished / "masked") == 0
+    assert call("evaluate", finished / "masked", "--dataset", "builtin") == 0
     shown = capsys.readouterr().out
     assert "on builtin" in shown
     assert all(metric in shown for metric in ("accuracy", "macro_f1", "mcc"))

@@ -83,7 +83,7 @@ def test_no_more_tokens_than_the_model_has_positions_for(tokenizer: PreTrainedTo
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"strategy": "windows"}, r"^task\.strategy\S*: .*'head' or 'head_tail', not 'windows'"),
+        ({"strategy": "tail"}, r"^task\.strategy\S*: .*'head', 'head_tail' or 'windows', not 'tail'"),
         ({"head": 0}, r"^task\.head: the part taken from the beginning lies between 0 and 1, not at 0"),
         ({"head": 1.0}, r"^task\.head: "),
         ({"max_length": 2}, r"^task\.max_length: "),

@@ -49,7 +49,53 @@ def mcc(predictions: Any, references: Any) -> float:
     return float(np.sum(p * r) / np.sqrt(spread)) if spread > 0 else 0.0
 
 
-FORMULAS = {"accuracy": accuracy, "macro_f1": macro_f1, "micro_f1": micro_f1, "mcc": mcc}
+def top3_accuracy(predictions: Any, references: Any) -> float:
+    return float(np.mean([r in p[:3] for p, r in zip(predictions, references, strict=True)]))
+
+
+def mse(predictions: Any, references: Any) -> float:
+    return float(np.mean((np.array(predictions) - np.array(references)) ** 2))
+
+
+def mae(predictions: Any, references: Any) -> float:
+    return float(np.mean(np.abs(np.array(predictions) - np.array(references))))
+
+
+def r2(predictions: Any, references: Any) -> float:
+    """0 of one row; where all references are equal, 1 for a perfect prediction and 0 for another."""
+    spread = np.sum((np.array(references) - np.mean(references)) ** 2)
+    rest = mse(predictions, references) * len(references)
+    if len(references) < 2:
+        return 0.0
+    return float(1 - rest / spread) if spread > 0 else float(rest == 0)
+
+
+def pearson(predictions: Any, references: Any) -> float:
+    p, r = np.array(predictions) - np.mean(predictions), np.array(references) - np.mean(references)
+    spread = np.sqrt(np.sum(p * p) * np.sum(r * r))
+    return float(np.sum(p * r) / spread) if spread > 0 else 0.0
+
+
+def spearman(predictions: Any, references: Any) -> float:
+    """The correlation of ranks, equal values sharing the mean of theirs."""
+    ranks = [
+        [np.mean([v < x for v in x_s]) + np.mean([v <= x for v in x_s]) for x in x_s]
+        for x_s in (predictions, references)
+    ]
+    return pearson(*ranks)
+
+
+FORMULAS = {
+    "accuracy": accuracy, "macro_f1": macro_f1, "micro_f1": micro_f1, "mcc": mcc, "top3_accuracy": top3_accuracy,
+    "mse": mse, "mae": mae, "r2": r2, "pearson": pearson, "spearman": spearman,
+}  # fmt: skip
+
+
+def given_to(name: str, classes: list[int]) -> list[Any]:
+    """What a metric takes in the place of classes: all of them in an order, the predicted one first."""
+    return [[c, (c + 1) % 5, (c + 2) % 5, (c + 3) % 5] for c in classes] if name == "top3_accuracy" else classes
+
+
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
 
 
@@ -65,6 +111,7 @@ def test_every_metric_file_has_its_formula_here() -> None:
 @given(rows=pairs)
 def test_a_metric_is_its_formula(name: str, rows: list[tuple[int, int]]) -> None:
     predictions, references = (list(column) for column in zip(*rows, strict=True))
+    predictions = given_to(name, predictions)
     got = find_metric(name)(predictions, references)
     assert isinstance(got, float)
     assert got == pytest.approx(FORMULAS[name](predictions, references), abs=1e-12)
@@ -75,6 +122,7 @@ def test_the_evaluate_module_gives_the_same(name: str, tmp_path: Path) -> None:
     module = evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(tmp_path))
     generator = np.random.default_rng(0)
     predictions, references = generator.integers(0, 3, (2, 50)).tolist()
+    predictions = given_to(name, predictions)
     assert module.compute(predictions=predictions, references=references) == {
         name: pytest.approx(FORMULAS[name](predictions, references))
     }
@@ -87,7 +135,8 @@ def test_the_evaluate_modules_load_without_network_and_without_the_package(tmp_p
         "def refuse(*args, **kwargs): raise AssertionError('a metric asked the network')\n"
         "socket.socket.connect = socket.create_connection = refuse\n"
         "for path in sys.argv[1:]:\n"
-        "    print(evaluate.load(path).compute(predictions=[0, 1, 1], references=[0, 1, 2]))\n"
+        "    said = [[0], [1], [1]] if 'top3' in path else [0, 1, 1]\n"
+        "    print(evaluate.load(path).compute(predictions=said, references=[0, 1, 2]))\n"
         "assert 'finllm_prune' not in sys.modules\n"
     )
     done = subprocess.run(

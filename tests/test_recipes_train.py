@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,7 +21,9 @@ MODEL_TYPES = {
     "ProsusAI/finbert": "bert",
     "answerdotai/ModernBERT-base": "modernbert",
     "distilbert/distilroberta-base": "roberta",
+    "microsoft/deberta-v3-base": "deberta-v2",
     "sentence-transformers/all-MiniLM-L6-v2": "bert",
+    "yiyanghkust/finbert-tone": "bert",
 }
 
 
@@ -36,6 +39,19 @@ def test_a_recipe_resolves_to_itself(path: Path, tmp_path: Path) -> None:
     assert recipe.gates, "a recipe says what it is to reach"
 
 
+def write_for(task: Any, folder: Path) -> Path:
+    """The small data with the labels that a recipe's task asks for, in its columns."""
+    labels: dict[str, Any] = {name: name for name in LABELS}
+    if task.scores is not None:
+        labels = {"negative": -0.7, "neutral": 0.0, "positive": 0.7}
+    if task.label_sets is not None:
+        labels = {"negative": ["move"], "neutral": [], "positive": ["move", "level"]}
+    for split in small.SPLITS:
+        rows = [{task.text_column: row["text"], task.label_column: labels[row["label"]]} for row in small.rows(split)]
+        small.write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains_to_a_complete_output(
     path: Path, tmp_path: Path, tiny_folder: small.TinyFolder, monkeypatch: pytest.MonkeyPatch
@@ -44,7 +60,7 @@ def test_a_recipe_trains_to_a_complete_output(
     written = Recipe.load(path)
     model = tiny_folder(MODEL_TYPES[written.model.name], hidden=64)
     overrides = [
-        f"model.name={model}", f"task.dataset={small.write_folder(tmp_path / 'data')}", f"output={tmp_path / 'out'}",
+        f"model.name={model}", f"task.dataset={write_for(written.task, tmp_path / 'data')}", f"output={tmp_path / 'out'}",
         "gates={}", "training.max_steps=2", "dense.training.max_steps=2", "training.use_cpu=true",
         "training.disable_tqdm=true",
     ]  # fmt: skip
@@ -77,6 +93,7 @@ def test_a_recipe_trains_to_a_complete_output(
     for name in recipe.export:
         assert verify(recipe.output / name)["format"] == name
         saved = AutoModelForSequenceClassification.from_pretrained(recipe.output / name)
-        assert [saved.config.id2label[i] for i in range(3)] == LABELS
+        expected_labels = ["score"] if recipe.task.scores else ["level", "move"] if recipe.task.label_sets else LABELS
+        assert list(saved.config.id2label.values()) == expected_labels
     if "compact" in recipe.export:
         assert figures["bytes"]["compact"] < figures["bytes"]["dense"]

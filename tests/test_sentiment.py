@@ -107,7 +107,10 @@ def test_a_row_without_its_pair_is_bad(tmp_path: Path) -> None:
 def test_scores_become_classes_by_thresholds_and_are_not_taken_for_labels(tmp_path: Path) -> None:
     scores = {"positive": [0.2, 0.9], "negative": [-1.0, -0.21], "neutral": [-0.2, 0.19]}
     folder = folder_of(tmp_path / "data", lambda row: row | {"label": scores[row["label"]][len(row["text"]) % 2]})
-    with pytest.raises(InputError, match=r"^task\.thresholds: column 'label' .* does regression: give the scores"):
+    with pytest.raises(
+        InputError,
+        match=r"^task\.thresholds: column 'label' .* learn them as such by task\.scores: \{\}, or give those",
+    ):
         Sentiment(dataset=folder).load()
     order = ["negative", "neutral", "positive"]
     examples = Sentiment(dataset=folder, labels=order, thresholds=[-0.2, 0.2]).load()

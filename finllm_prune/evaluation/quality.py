@@ -26,6 +26,7 @@ class Quality:
         paired_p: its two-sided p-value.
         per_class: label -> F1 of ``dense`` and ``pruned``, and ``rows``; empty where there are no classes.
         collapsed: the pruned model says the same to every row, though it should not.
+        unit: what agreement and flips count: rows, or queries.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -36,6 +37,12 @@ class Quality:
     paired_p: float
     per_class: dict[str, dict[str, float]]
     collapsed: bool
+    unit: str = "row"
+
+    @property
+    def collapse(self) -> str:
+        """What a collapsed model does."""
+        return "scores all passages of a query alike" if self.unit == "query" else "predicts one class for every text"
 
 
 def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resamples: int = 999) -> Quality:
@@ -72,6 +79,7 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
         paired_p=p,
         per_class=judge.per_class(**answers),
         collapsed=judge.collapsed(answers["pruned"]),
+        unit=judge.unit,
     )
 
 

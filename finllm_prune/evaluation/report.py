@@ -7,11 +7,15 @@ from typing import Any
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.quality import Quality
+from finllm_prune.metrics import ERRORS
 
-GATES = {
-    "accuracy": "min", "macro_f1": "min", "mcc": "min", "agreement": "min", "latency_ratio": "max",
-    "accuracy_retention": "min", "macro_f1_retention": "min", "mcc_retention": "min",
-}  # fmt: skip
+_BETTER = (
+    "accuracy", "macro_f1", "micro_f1", "mcc", "top3_accuracy", "pearson", "spearman", "r2", "ndcg_at_10", "mrr_at_10", "map",
+    "recall_at_10",
+)  # fmt: skip
+GATES = {"agreement": "min", "latency_ratio": "max"}
+GATES |= {name: way for names, way in ((_BETTER, "min"), (ERRORS, "max")) for name in names}
+GATES |= {f"{name}_retention": way for name, way in GATES.items() if name in (*_BETTER, *ERRORS)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The table of a run: what, dense, pruned."""
-        out = quality_rows(self.quality)
+        out = quality_rows(self.quality) + first_stage_rows(self.run.get("data", {}))
         for name, other in self.exported.items():
             out += [(f"{what.strip()}, {name}", dense, pruned) for what, dense, pruned in quality_rows(other)]
         for name, part in self.sparsity.items():
@@ -129,6 +133,9 @@ class Report:
 _TITLES = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC", "targeted": "the targeted weights",
     "encoder_linear": "the encoder's linear weights", "all_parameters": "all parameters",
+    "micro_f1": "micro-F1", "top3_accuracy": "top-3 accuracy", "mse": "mean squared error", "mae": "mean absolute error",
+    "pearson": "Pearson's correlation", "spearman": "Spearman's rank correlation", "r2": "R²",
+    "ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "map": "MAP", "recall_at_10": "Recall@10",
 }  # fmt: skip
 
 
@@ -141,12 +148,24 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
             for kind in ("dense", "pruned")
         )
         out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
-        out.append((f"  retention of {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
-    out.append(("same prediction (agreement)", "", f"{quality.agreement:.1%}"))
+        what = "part of the dense model's" if name in ERRORS else "retention of"
+        out.append((f"  {what} {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
+    same = "same passage first" if quality.unit == "query" else "same prediction"
+    out.append((f"{same} (agreement)", "", f"{quality.agreement:.1%}"))
     names = " / ".join(name.replace("_to_", "→").replace("_", " ") for name in quality.flips)
     out.append((f"flips {names}", "", " / ".join(str(n) for n in quality.flips.values())))
     out.append((f"{quality.paired_test}, p", "", f"{quality.paired_p:.3f}"))
     return out
+
+
+def first_stage_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What the candidates of a reranker are worth as they came, where there are some; the same for both models."""
+    if (found := facts.get("first_stage")) is None:
+        return []
+    figures = found["test"]
+    rows = [(f"{_TITLES[name]} of {found['name']} alone", value) for name, value in figures.items() if name in _TITLES]
+    rows.append((f"relevant passages among its {found['candidates']} candidates", figures["recall"]))
+    return [(what, f"{value:.3f}", f"{value:.3f}") for what, value in rows]
 
 
 def check_gates(gates: dict[str, float]) -> None:

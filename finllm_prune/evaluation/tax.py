@@ -45,7 +45,7 @@ def _differences(
     for draw in found:
         rows = random.integers(len(judge), size=len(judge))
         truth = judge.references[rows]
-        draw[:] = _f1(pruned[rows], truth, classes) - _f1(dense[rows], truth, classes)
+        draw[:] = _f1(pruned[rows, 0], truth, classes) - _f1(dense[rows, 0], truth, classes)
     return found
 
 

@@ -59,7 +59,7 @@ def _metadata(report: Report, name: str) -> ModelCardData:
     data = run["data"]["source"]
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type=run["task"], dataset_name=data, dataset_split="test",
+            task_type=run["pipeline_tag"], dataset_type=run["task"], dataset_name=data, dataset_split="test",
             metric_type=metric, metric_value=round(value["pruned"], 4),
         )
         for metric, value in report.quality.metrics.items()
@@ -82,9 +82,9 @@ def _linked(name: str) -> str:
 
 def _verdict(report: Report) -> str:
     if report.quality.collapsed:
-        return "**COLLAPSED: this model predicts one class for every text. Do not use it.**"
+        return f"**COLLAPSED: this model {report.quality.collapse}. Do not use it.**"
     if collapsed := [name for name, quality in report.exported.items() if quality.collapsed]:
-        return f"**COLLAPSED: {', '.join(collapsed)} predicts one class for every text. Do not use it.**"
+        return f"**COLLAPSED: {', '.join(collapsed)} {report.quality.collapse}. Do not use it.**"
     missed = ""
     if report.target is not None and not report.target["met"]:
         missed = f" **MISSED the target: {report.target['kind']} {report.target['asked']:g} of the dense model's was asked.**"

@@ -2,5 +2,8 @@
 
 from finllm_prune.judges.classes import ClassJudge
 from finllm_prune.judges.judge import Answers, Indices, Judge
+from finllm_prune.judges.label_sets import LabelSetJudge
+from finllm_prune.judges.rankings import RankingJudge
+from finllm_prune.judges.scores import ScoreJudge
 
-__all__ = ["Answers", "ClassJudge", "Indices", "Judge"]
+__all__ = ["Answers", "ClassJudge", "Indices", "Judge", "LabelSetJudge", "RankingJudge", "ScoreJudge"]

@@ -13,10 +13,15 @@ from torch import Tensor
 from finllm_prune.judges.judge import Answers, Indices
 from finllm_prune.metrics import find_metric
 
+_LIKELIEST = 3
+_OF_SEVERAL = ("top3_accuracy",)
+
 
 @dataclass(frozen=True)
 class ClassJudge:
-    """Answers are class indices, shape (rows,); the test is McNemar's (1947), exact.
+    """Answers are the likeliest classes, shape (rows, 3 or fewer), the first of which is the decision.
+
+    The test is McNemar's (1947), exact.
 
     Args:
         references: the right class of each row.
@@ -35,28 +40,29 @@ class ClassJudge:
         return len(self.references)
 
     def answers(self, logits: Tensor) -> Answers:
-        return logits.argmax(-1).numpy()
+        answers: Answers = logits.argsort(dim=-1, descending=True, stable=True)[:, :_LIKELIEST].numpy()
+        return answers
 
     def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
         rows = slice(None) if units is None else units
-        return find_metric(metric)(answers[rows].tolist(), self.references[rows].tolist())
+        decided = answers[rows] if metric in _OF_SEVERAL else answers[rows, 0]
+        return find_metric(metric)(decided.tolist(), self.references[rows].tolist())
 
     def worth(self, answers: Answers) -> NDArray[np.float64]:
-        return np.asarray(answers == self.references, dtype=np.float64)
+        return np.asarray(answers[:, 0] == self.references, dtype=np.float64)
 
     def same(self, one: Answers, other: Answers) -> NDArray[np.bool_]:
-        same: NDArray[np.bool_] = one == other
+        same: NDArray[np.bool_] = one[:, 0] == other[:, 0]
         return same
 
     def paired_test(self, dense: Answers, pruned: Answers) -> tuple[str, float]:
-        was, now = dense == self.references, pruned == self.references
-        table = [[(was & now).sum(), (was & ~now).sum()], [(~was & now).sum(), (~was & ~now).sum()]]
-        return "McNemar's exact test", float(mcnemar(table, exact=True).pvalue)
+        return "McNemar's exact test", mcnemar_p(*(each[:, 0] == self.references for each in (dense, pruned)))
 
     def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
         every = list(range(len(self.labels)))
         scores = [
-            f1_score(self.references, each, labels=every, average=None, zero_division=0.0) for each in (dense, pruned)
+            f1_score(self.references, each[:, 0], labels=every, average=None, zero_division=0.0)
+            for each in (dense, pruned)
         ]
         return {
             name: {"dense": float(scores[0][i]), "pruned": float(scores[1][i]), "rows": int((self.references == i).sum())}
@@ -64,4 +70,10 @@ class ClassJudge:
         }  # fmt: skip
 
     def collapsed(self, answers: Answers) -> bool:
-        return len(np.unique(answers)) == 1 and len(np.unique(self.references)) > 1
+        return len(np.unique(answers[:, 0])) == 1 and len(np.unique(self.references)) > 1
+
+
+def mcnemar_p(was: NDArray[np.bool_], now: NDArray[np.bool_]) -> float:
+    """The exact two-sided p-value that two models are equally often right (McNemar 1947)."""
+    table = [[(was & now).sum(), (was & ~now).sum()], [(~was & now).sum(), (~was & ~now).sum()]]
+    return float(mcnemar(table, exact=True).pvalue)

@@ -1,11 +1,13 @@
 """Metrics: one `evaluate` module a file, found by its name, with a plain function of that name inside."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from finllm_prune.errors import InputError
 
-Metric = Callable[[Sequence[int], Sequence[int]], float]
+Metric = Callable[[Any, Any], float]
+ERRORS = ("mse", "mae")  # the less the better
 
 
 def find_metric(name: str) -> Metric:

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 
 
 def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """The metric of class indices, as scikit-learn computes it."""
+    """The metric of class indices, or of 0 and 1 for each of several labels (rows, labels), as scikit-learn computes it."""
     return float(accuracy_score(references, predictions))
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 
 
 def micro_f1(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """The metric of class indices, as scikit-learn computes it."""
+    """The metric of class indices, or of 0 and 1 for each of several labels (rows, labels), as scikit-learn computes it."""
     return float(f1_score(references, predictions, average="micro", zero_division=0.0))
 
 

@@ -1,11 +1,12 @@
-"""Classification, of which sentiment and filings are kinds: one text, or a text and what it is about, and one of some labels.
+"""Classification, of which sentiment and filings are kinds: one text, or a text and what it is about, and what is said of it.
 
-Not covered: several labels per text; scores as such (regression), which are learned as classes by ``thresholds``.
+That is one of some labels, several of them (``label_sets``), or a number (``scores``).
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,16 +17,24 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollator,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from finllm_prune.errors import InputError
-from finllm_prune.judges import ClassJudge, Judge
+from finllm_prune.judges import ClassJudge, Judge, LabelSetJudge, ScoreJudge
+from finllm_prune.tasks.batchwise import Batch, rewritten
+from finllm_prune.tasks.ends import first_tokens
+from finllm_prune.tasks.label_sets import LabelSetLoss, LabelSets, positive_weights
 from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
 from finllm_prune.tasks.rows import BadRows, Choice
+from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, leakage, without_copies
-from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, read_splits, split_files, take
+from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, check_columns, read_splits, split_files, take
+
+Tables = dict[str, datasets.Dataset]
+_SCORE = "score"  # what the one output of a regression is called
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,15 @@ class Classification:
         text_column: the column of the text.
         label_column: the column of the label, a name or a class index.
         labels: class names in the order of their indices; None takes those of the data, sorted.
+        scores: the label is a number, which is learned as such (regression).
+        label_sets: each row has several labels, or none.
         max_length: tokens; longer texts are cut.
         train_rows: train on a fixed random sample of this many rows; None takes all.
         pair_column: a second text of each row, as the aspect or target that the label is about.
         thresholds: ascending scores that divide the label column into ``labels``, one fewer than these; the lower class ends
             below its threshold.
-        class_weights: ``balanced`` or a weight for each class name, of its rows in the loss.
+        class_weights: ``balanced`` or a weight for each class name, of its rows in the loss; of label sets the rows that have
+            the label.
         focal_gamma: above 0, the focal loss: what is predicted well counts less (2 is usual).
         split: make all splits anew; None takes those of the data.
         deduplicate: drop rows that come again in a later split, but for case, spaces, digits and punctuation.
@@ -63,6 +75,8 @@ class Classification:
     text_column: str = "text"
     label_column: str = "label"
     labels: list[str] | None = None
+    scores: Scores | None = None
+    label_sets: LabelSets | None = None
     max_length: int = 128
     train_rows: int | None = None
     pair_column: str | None = None
@@ -84,6 +98,7 @@ class Classification:
             raise InputError(f"task.max_length: a text needs at least 3 tokens, not {self.max_length}")
         if self.focal_gamma < 0:
             raise InputError(f"task.focal_gamma: the power is not negative, as {self.focal_gamma:g} is")
+        self._refuse_beside_other_labels()
         if self.thresholds is not None:
             if self.labels is None or len(self.labels) != len(self.thresholds) + 1:
                 raise InputError(
@@ -101,134 +116,224 @@ class Classification:
                 f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}; add them, or set task.split"
             )
         labels = self._names(raw, source) if self.labels is None else self.labels
-        if len(set(labels)) < max(2, len(labels)):
+        if self.scores is None and len(set(labels)) < max(2, len(labels)):
             raise InputError(f"task.labels: at least two different class names are needed, not {labels}")
+        tables = {name: raw[name] for name in SPLITS if name in raw}
+        for name, rows in tables.items():
+            check_columns(rows, self._columns(), f"{source}, split {name}")
         # Rows are checked as they lie in their files, so that an error names the row that the user finds there.
-        frames = {name: self._columns(raw[name], f"{source}, split {name}") for name in SPLITS if name in raw}
-        bad = self._bad_rows(frames, labels, source, left_out or {})
+        bad = self._no_bad_rows(tables, source, left_out or {})
+        splits = {name: self._read(name, rows, labels, bad) for name, rows in tables.items()}
+        keys = self._keys(tables, bad)
+        self._check_ids(tables, bad)
         facts: dict[str, Any] = {"bad_rows": bad.settle(self.bad_rows)}
-        frames = {name: bad.without(name, frame) for name, frame in frames.items()}
-        if self.mask is not None:
-            facts["masked"] = self._mask(frames, self.mask)
-        if self.normalise_numbers:
-            for frame in frames.values():
-                for column in _texts(frame):
-                    frame[column] = [normalise_numbers(text) for text in frame[column]]
+        good = {name: bad.good(name) for name in splits}
+        splits = {name: _filled(rows.select(good[name]), name) for name, rows in splits.items()}
+        if self.mask is not None or self.normalise_numbers:
+            names = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
+            splits, masked = self._without_names(splits, [name for name in names if isinstance(name, str)])
+            facts |= {} if self.mask is None else {"masked": masked}
         if self.split is not None:
-            frames, facts["split"] = _divided(frames, self.split)
-        splits = self._complete({name: _rows(frame, name) for name, frame in frames.items()}, source)
+            splits, facts["split"] = _divided(
+                splits, [keys[name][row] for name in splits for row in good[name]], self.split
+            )
+        splits = self._complete(splits, source)
         if self.deduplicate:
             splits, facts["dropped_copies"] = without_copies(splits)
         facts["leakage"] = leakage(splits)
+        if self.scores is not None:
+            facts["scores"] = {name: _summary(list(rows["label"])) for name, rows in splits.items()}
         return Examples(splits, labels, source, facts)
 
     def loss(self, examples: Examples) -> Loss | None:
-        """Weighted by class, or focal, where that is asked for."""
-        if self.class_weights is None and self.focal_gamma == 0:
+        """That of scores or label sets; of classes one weighted or focal, where that is asked for."""
+        if self.scores is not None:
+            return self.scores.loss
+        asked, rows = self.class_weights, examples.splits["train"]["label"]
+        if self.label_sets is not None:
+            return LabelSetLoss(None if asked is None else positive_weights(asked, examples.labels, list(rows)))
+        if asked is None and self.focal_gamma == 0:
             return None
-        rows = list(examples.splits["train"]["label"])
-        asked = self.class_weights
-        return SkewLoss(None if asked is None else class_weights(asked, examples.labels, rows), self.focal_gamma)
+        return SkewLoss(None if asked is None else class_weights(asked, examples.labels, list(rows)), self.focal_gamma)
+
+    def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """It serves as it is."""
 
     def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
         limit = min(self.max_length, tokenizer.model_max_length)
-        pairs = list(rows["pair"]) if "pair" in rows.column_names else None
-        tokens = tokenizer(list(rows["text"]), pairs, truncation=True, max_length=limit)
-        # Which of the two texts a token is of, where the model asks for it; of single texts it is always the first.
-        names = ["input_ids", "attention_mask", *(["token_type_ids"] if pairs and "token_type_ids" in tokens else [])]
-        return datasets.Dataset.from_dict({name: tokens[name] for name in names} | {"labels": list(rows["label"])})
+
+        def read(batch: Batch, _: Sequence[int]) -> Batch:
+            if "pair" not in batch:
+                return columns_of(first_tokens(batch["text"], limit, tokenizer)) | {"labels": batch["label"]}
+            tokens = tokenizer(batch["text"], batch["pair"], truncation=True, max_length=limit)
+            # Which of the two texts a token is of, where the model asks for it; of single texts it is always the first.
+            names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokens]
+            return {name: tokens[name] for name in names} | {"labels": batch["label"]}
+
+        return rewritten(rows, read)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
         return DataCollatorWithPadding(tokenizer)
 
     def head_config(self, labels: list[str]) -> dict[str, Any]:
         numbers = {name: number for number, name in enumerate(labels)}
-        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
+        one = "regression" if self.scores is not None else "single_label_classification"
+        kind = one if self.label_sets is None else "multi_label_classification"
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": numbers,
+            "problem_type": kind,
+        }
 
     def judge(self, examples: Examples, split: str = "test") -> Judge:
-        return ClassJudge(np.array(examples.splits[split]["label"]), examples.labels, self.metrics)
+        right = np.array(list(examples.splits[split]["label"]))
+        if self.scores is not None:
+            return ScoreJudge(right, self.scores.metrics, self.scores.tolerance)
+        if self.label_sets is not None:
+            metrics = tuple(name for name in self.metrics if name != "mcc")
+            return LabelSetJudge(right.astype(np.int64), examples.labels, metrics, self.label_sets.threshold)
+        return ClassJudge(right, examples.labels, self.metrics)
+
+    def prepared(self, texts: Sequence[str]) -> list[str]:
+        """Texts of which no label is known, as those of the data are prepared; of names, the listed ones are masked."""
+        texts = [self.read_text(text) for text in texts]
+        if self.mask is not None:
+            texts = list(map(Masker(self.mask.listed(), self.mask.word), texts))
+        return list(map(normalise_numbers, texts)) if self.normalise_numbers else texts
 
     def read_text(self, text: str) -> str:
         """What of a text is there to be learned from."""
         return text
 
-    def _columns(self, raw: datasets.Dataset, where: str) -> pd.DataFrame:
-        """The columns that the task takes, each value as it is."""
+    def _columns(self) -> dict[str, str]:
+        """The key that names a column -> the column."""
         asked = {
             "text_column": self.text_column, "label_column": self.label_column, "pair_column": self.pair_column,
             "id_column": self.id_column, "split.by": self.split.by if self.split else None,
             "mask.column": self.mask.column if self.mask else None,
             **{f"{KEPT}{column}": column for column in self.keep_columns},
         }  # fmt: skip
-        columns = take(raw, {key: column for key, column in asked.items() if column is not None}, where)
-        names = {"text_column": "text", "label_column": "label", "pair_column": "pair"}
-        frame = pd.DataFrame({names.get(key, key): pd.Series(values, dtype=object) for key, values in columns.items()})
-        for column in _texts(frame):
-            frame[column] = [self.read_text(text) if isinstance(text, str) else text for text in frame[column]]
-        return frame
+        return {key: column for key, column in asked.items() if column is not None}
 
-    def _bad_rows(
-        self, frames: dict[str, pd.DataFrame], labels: list[str], source: str, left_out: dict[str, list[int]]
-    ) -> BadRows:
-        """Find the rows that cannot be learned from, and put class indices and keys of the split in place of what was read."""
+    def _no_bad_rows(self, tables: Tables, source: str, left_out: dict[str, list[int]]) -> BadRows:
         folder = BUILTIN / self.builtin if self.dataset == "builtin" else Path(self.dataset)
-        files = dict.fromkeys(frames, Path(source)) | split_files(folder)
-        bad = BadRows(files, {name: len(frame) for name, frame in frames.items()}, left_out)
-        ids: set[Any] = set()
-        keys = _keys(frames, self.split) if self.split is not None and self.split.by is not None else None
-        for split, frame in frames.items():
-            for column, name in (("text", self.text_column), ("pair", self.pair_column)):
-                for row in _empty(frame[column]) if column in frame else []:
-                    bad.add(split, row, "no text", f"has no text in column '{name}'")
-            indices = self._indices(frame["label"].tolist(), labels)
-            for row, (value, index) in enumerate(zip(frame["label"], indices, strict=True)):
-                if index is None:
-                    what = f"has the unknown label {value!r}; known are {', '.join(labels)}"
-                    bad.add(split, row, "unknown label", what)
-            frame["label"] = pd.Series(indices, dtype=object)
-            if "id_column" in frame:
-                for row, name in enumerate(frame["id_column"]):
-                    if name in ids:
-                        bad.add(
-                            split,
-                            row,
-                            "duplicate id",
-                            f"has the id {name!r} in column '{self.id_column}' a second time",
-                        )
-                    ids.add(name)
-            if self.split is not None and keys is not None:
-                frame["split.by"] = pd.Series(keys[split], dtype=object)
-                for row in frame.index[frame["split.by"].isna()]:
-                    bad.add(
-                        split, int(row), "no place in the split", f"has nothing to split by in column '{self.split.by}'"
-                    )
-        return bad
+        files = dict.fromkeys(tables, Path(source)) | split_files(folder)
+        return BadRows(files, {name: len(rows) for name, rows in tables.items()}, left_out)
 
-    def _indices(self, values: Sequence[Any], labels: list[str]) -> list[int | None]:
-        """Names, indices or scores -> indices; None for what is neither."""
+    def _read(self, split: str, raw: datasets.Dataset, labels: list[str], bad: BadRows) -> datasets.Dataset:
+        """The text, pair and label of each row, as they are learned from; what cannot be is told to ``bad``."""
+        texts = {"text": self.text_column} | ({"pair": self.pair_column} if self.pair_column is not None else {})
+
+        def read(batch: Batch, rows: Sequence[int]) -> Batch:
+            made: Batch = {}
+            for name, column in texts.items():
+                made[name] = [self.read_text(text) if isinstance(text, str) else "" for text in batch[column]]
+                for row, text in zip(rows, made[name], strict=True):
+                    if not text.strip():
+                        bad.add(split, row, "no text", f"has no text in column '{column}'")
+            made["label"] = self._labels(batch[self.label_column], labels)
+            for row, value, label in zip(rows, batch[self.label_column], made["label"], strict=True):
+                if label is None:
+                    bad.add(split, row, *self._fault(value, labels))
+            return made | {f"{KEPT}{column}": batch[column] for column in self.keep_columns}
+
+        types = dict.fromkeys(texts, datasets.Value("string")) | {"label": self._label_type()}
+        types |= {f"{KEPT}{column}": raw.features[column] for column in self.keep_columns}
+        asked = list(dict.fromkeys([*texts.values(), self.label_column, *self.keep_columns]))
+        return rewritten(raw.select_columns(asked), read, datasets.Features(types))
+
+    def _check_ids(self, tables: Tables, bad: BadRows) -> None:
+        """A name that comes twice, in whatever splits, is a fault of the later row."""
+        ids: set[Any] = set()
+        for split, rows in tables.items() if self.id_column is not None else ():
+            for row, name in enumerate(rows[self.id_column]):
+                if name in ids:
+                    bad.add(
+                        split, row, "duplicate id", f"has the id {name!r} in column '{self.id_column}' a second time"
+                    )
+                ids.add(name)
+
+    def _keys(self, tables: Tables, bad: BadRows) -> dict[str, list[Any]]:
+        """Split -> what its rows are sorted or grouped by; a row without is bad."""
+        if self.split is None or self.split.by is None:
+            return {name: [None] * len(rows) for name, rows in tables.items()}
+        values = _values(tables, self.split.by)
+        every = iter(self.split.keys(values, self.split.is_time(values)))
+        keys = {name: list(islice(every, len(rows))) for name, rows in tables.items()}
+        for split, column in keys.items():
+            for row, key in enumerate(column):
+                if key is None:
+                    what = f"has nothing to split by in column '{self.split.by}'"
+                    bad.add(split, row, "no place in the split", what)
+        return keys
+
+    def _label_type(self) -> Any:
+        if self.label_sets is not None:
+            return datasets.List(datasets.Value("float32"))
+        return datasets.Value("int64" if self.scores is None else "float64")
+
+    def _labels(self, values: Sequence[Any], labels: list[str]) -> list[Any]:
+        """What is learned of these values of the label column: indices, numbers, or 0 and 1 for each label; None for others."""
+        if self.scores is not None:
+            return self.scores.read(values)
+        if self.label_sets is not None:
+            return self.label_sets.read(values, labels)
         if (thresholds := self.thresholds) is not None:
-            scores = [value if isinstance(value, int | float | str) else None for value in values]
-            numbers = pd.to_numeric(pd.Series(scores, dtype=object), errors="coerce")
-            return [None if pd.isna(number) else bisect.bisect_right(thresholds, float(number)) for number in numbers]
+            numbers = Scores().read(values)
+            return [None if number is None else bisect.bisect_right(thresholds, number) for number in numbers]
         index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
         return [index.get(value) if isinstance(value, str | int | float) else None for value in values]
 
-    def _mask(self, frames: dict[str, pd.DataFrame], mask: Mask) -> dict[str, int]:
-        """Take the names out of all texts, in place; split -> rows in which there was one."""
-        names = mask.listed()
-        for frame in frames.values():
-            if "mask.column" in frame:
-                names += [name for name in frame["mask.column"] if isinstance(name, str)]
-        masker = Masker(names, mask.word)
-        counts = {}
-        for split, frame in frames.items():
-            touched = pd.Series(False, index=frame.index)
-            for column in _texts(frame):
-                masked = [masker(text) for text in frame[column]]
-                touched |= frame[column] != masked
-                frame[column] = masked
-            counts[split] = int(touched.sum())
-        return counts
+    def _fault(self, value: Any, labels: list[str]) -> tuple[str, str]:
+        """What is wrong with a value of the label column: its kind, and a predicate."""
+        if self.scores is not None:
+            return "no number", f"has {value!r} in column '{self.label_column}', which is no number"
+        if self.label_sets is not None and self.label_sets.split(value) is None:
+            what = (
+                f"has no list of labels in column '{self.label_column}' but {value!r}; name task.label_sets.separator"
+            )
+            return "no list", what
+        return "unknown label", f"has the unknown label {value!r}; known are {', '.join(labels)}"
+
+    def _refuse_beside_other_labels(self) -> None:
+        """Keys for one class of each row do not go with numbers or sets."""
+        if self.scores is None and self.label_sets is None:
+            return
+        kind, own = ("scores", "numbers") if self.scores is not None else ("label_sets", "several labels")
+        given: dict[str, Any] = {
+            "label_sets": self.scores and self.label_sets,
+            "thresholds": self.thresholds,
+            "focal_gamma": self.focal_gamma,
+        }
+        if self.scores is not None:
+            given |= {"labels": self.labels, "class_weights": self.class_weights}
+        for key, value in given.items():
+            if value:
+                raise InputError(
+                    f"task.{key}: this does not go with task.{kind}, where rows have {own}; remove one of the two"
+                )
+
+    def _without_names(self, splits: Tables, names: list[str]) -> tuple[Tables, dict[str, int]]:
+        """All texts without names and figures, as asked for; and split -> rows in which there was a name."""
+        masker = None if self.mask is None else Masker([*self.mask.listed(), *names], self.mask.word)
+        counts = dict.fromkeys(splits, 0)
+
+        def change(split: str, batch: Batch) -> Batch:
+            texts = {name: batch[name] for name in ("text", "pair") if name in batch}
+            if masker is not None:
+                masked = {name: [masker(text) for text in column] for name, column in texts.items()}
+                pairs = zip(zip(*texts.values(), strict=True), zip(*masked.values(), strict=True), strict=True)
+                counts[split] += sum(before != after for before, after in pairs)
+                texts = masked
+            if self.normalise_numbers:
+                texts = {name: [normalise_numbers(text) for text in column] for name, column in texts.items()}
+            return batch | texts
+
+        def of(split: str) -> Callable[[Batch, Sequence[int]], Batch]:
+            return lambda batch, _: change(split, batch)
+
+        return {name: rewritten(rows, of(name), rows.features) for name, rows in splits.items()}, counts
 
     def _complete(self, whole: dict[str, datasets.Dataset], source: str) -> dict[str, datasets.Dataset]:
         """A sample of the training rows if asked, and a validation split from them where there is none."""
@@ -249,6 +354,8 @@ class Classification:
 
     def _names(self, raw: datasets.DatasetDict, source: str) -> list[str]:
         """The labels of the training rows; of all rows where training rows are yet to be drawn."""
+        if self.scores is not None:
+            return [_SCORE]
         taken = {name: raw[name] for name in (raw if self.split else ["train"])}
         columns = [
             take(rows, {"label_column": self.label_column}, f"{source}, split {name}")["label_column"]
@@ -256,13 +363,16 @@ class Classification:
         ]
         values = [value for column in columns for value in column if value is not None]
         feature = next(iter(taken.values())).features[self.label_column]
+        if self.label_sets is not None:
+            values = [name for value in values for name in self.label_sets.split(value) or ()]
+            feature = getattr(feature, "feature", feature)
         if isinstance(feature, datasets.ClassLabel):
             return list(feature.names)
         others = [value for value in values if not isinstance(value, str)]
         if any(isinstance(value, float) and not value.is_integer() for value in others):
             raise InputError(
-                f"task.thresholds: column '{self.label_column}' of {source} holds scores, and nothing here does regression: "
-                "give the scores that divide the classes of task.labels, as thresholds: [-0.2, 0.2]"
+                f"task.thresholds: column '{self.label_column}' of {source} holds scores: learn them as such by "
+                "task.scores: {}, or give those that divide the classes of task.labels, as thresholds: [-0.2, 0.2]"
             )
         if others:
             raise InputError(
@@ -278,32 +388,30 @@ class Classification:
         return names
 
 
-def _texts(frame: pd.DataFrame) -> list[str]:
-    return [column for column in ("text", "pair") if column in frame]
+def _summary(numbers: list[float]) -> dict[str, float]:
+    return {"lowest": min(numbers), "mean": float(np.mean(numbers)), "highest": max(numbers)}
 
 
-def _empty(column: pd.Series) -> list[int]:
-    return [row for row, text in enumerate(column) if not isinstance(text, str) or not text.strip()]
+def _values(tables: Tables, column: str, rows: dict[str, list[int]] | None = None) -> list[Any]:
+    """A small column of all splits, one after the other, or of these rows of each."""
+    return [v for name, table in tables.items() for v in (table.select(rows[name]) if rows else table)[column]]
 
 
-def _rows(frame: pd.DataFrame, split: str) -> datasets.Dataset:
-    if frame.empty:
+def _filled(rows: datasets.Dataset, split: str) -> datasets.Dataset:
+    if len(rows) == 0:
         raise InputError(f"task.dataset: no row of {split} is good; mend the data")
-    kept = [column for column in frame if column.startswith(KEPT)]
-    return datasets.Dataset.from_dict({column: frame[column].tolist() for column in [*_texts(frame), "label", *kept]})
+    return rows
 
 
-def _keys(frames: dict[str, pd.DataFrame], split: Split) -> dict[str, list[Any]]:
-    """Split -> what its rows are sorted or grouped by."""
-    values = [value for frame in frames.values() for value in frame["split.by"]]
-    keys = iter(split.keys(values, split.is_time(values)))
-    return {name: [next(keys) for _ in range(len(frame))] for name, frame in frames.items()}
+def columns_of(ids: list[list[int]]) -> Batch:
+    """What a model takes of single texts, none of them padded."""
+    return {"input_ids": ids, "attention_mask": [[1] * len(own) for own in ids]}
 
 
-def _divided(frames: dict[str, pd.DataFrame], split: Split) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def _divided(splits: Tables, keys: list[Any], split: Split) -> tuple[Tables, dict[str, Any]]:
     """All rows in splits made anew, and what these are, for the report."""
-    whole = pd.concat(list(frames.values()), ignore_index=True)
-    keys = whole["split.by"].tolist() if split.by is not None else list(range(len(whole)))
+    whole = datasets.concatenate_datasets(list(splits.values()))
+    keys = keys if split.by is not None else list(range(len(whole)))
     time = split.by is not None and not isinstance(keys[0], str)
     parts = split.divide(keys, time)
     fact: dict[str, Any] = {"by": split.by, "kind": "time" if time else "group" if split.by else "random"}
@@ -314,4 +422,4 @@ def _divided(frames: dict[str, pd.DataFrame], split: Split) -> tuple[dict[str, p
             if time
             else len(set(values))
         )
-    return {name: whole.iloc[rows] for name, rows in parts.items()}, fact
+    return {name: _filled(whole.select(rows), name) for name, rows in parts.items()}, fact

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
-import pandas as pd
-
 from finllm_prune.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -36,12 +34,17 @@ class BadRows:
         files: split -> the file that it was read from, where there is one.
         sizes: split -> the rows that were read.
         unreadable: split -> the lines that were left out because they are no text or no JSON.
+        lines: split -> the line of each row, where whoever read the file knows it.
     """
 
-    def __init__(self, files: dict[str, Path], sizes: dict[str, int], unreadable: dict[str, list[int]]):
+    def __init__(
+        self, files: dict[str, Path], sizes: dict[str, int], unreadable: dict[str, list[int]] | None = None,
+        lines: dict[str, list[int]] | None = None,
+    ):  # fmt: skip
         self.files = files
         self.sizes = sizes
-        self.unreadable = unreadable
+        self.unreadable = unreadable or {}
+        self.lines = lines or {}
         self.found: dict[tuple[str, int], Fault] = {}
 
     def add(self, split: str, row: int, kind: str, predicate: str) -> None:
@@ -70,16 +73,16 @@ class BadRows:
             logger.warning("task.bad_rows: %d rows are left out: %s%s.", total, "; ".join(named), rest)
         return {split: dict(counter) for split, counter in counts.items() if counter}
 
-    def without(self, split: str, frame: pd.DataFrame) -> pd.DataFrame:
-        """The good rows of a split."""
-        return frame.drop(index=[fault.row for fault in self.found.values() if fault.split == split])
+    def good(self, split: str) -> list[int]:
+        """The rows of a split that are not bad."""
+        return [row for row in range(self.sizes[split]) if (split, row) not in self.found]
 
     def places(self, faults: list[Fault]) -> list[str]:
         """Where rows lie: file and line; or split and row, where lines and rows do not go together."""
         named = []
         for fault in faults:
             path = self.files[fault.split]
-            lines = first_lines(path, set(self.unreadable.get(fault.split, [])))
+            lines = self.lines.get(fault.split) or first_lines(path, set(self.unreadable.get(fault.split, [])))
             line = lines[fault.row] if len(lines) == self.sizes[fault.split] else None
             named.append(f"{path}, split {fault.split}, row {fault.row}," if line is None else f"{path}, line {line},")
         return named

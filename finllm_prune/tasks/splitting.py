@@ -3,9 +3,9 @@
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, repeat
 from typing import Any, ClassVar, Literal
 
 import datasets
@@ -145,10 +145,9 @@ def leakage(splits: dict[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _whole_texts(rows: datasets.Dataset) -> list[str]:
-    if "pair" not in rows.column_names:
-        return list(rows["text"])
-    return [f"{text}\0{pair}" for text, pair in zip(rows["text"], rows["pair"], strict=True)]
+def _whole_texts(rows: datasets.Dataset) -> Iterator[str]:
+    pairs = (f"\0{pair}" for pair in rows["pair"]) if "pair" in rows.column_names else repeat("")
+    return (f"{text}{pair}" for text, pair in zip(rows["text"], pairs, strict=False))
 
 
 def _hash(text: str) -> bytes:

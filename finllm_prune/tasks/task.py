@@ -3,17 +3,20 @@
 import hashlib
 import importlib
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import datasets
+from datasets.fingerprint import get_temporary_cache_files_directory
 from torch import Tensor
-from transformers import DataCollator, PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedConfig, PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
 from finllm_prune.judges import Judge
+from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.rows import copy_readable, not_utf8
 
 BUILTIN = Path(__file__).parents[1] / "data"
@@ -28,8 +31,8 @@ class Examples:
     """A data set, read and checked but not yet tokenized.
 
     Args:
-        splits: "train", "validation", "test" -> rows with ``text`` (str) and ``label`` (int), and ``pair`` (str) where a
-            label is of two texts.
+        splits: "train", "validation", "test" -> rows with ``text`` (str) and ``label``, and ``pair`` (str) where a label is of
+            two texts. A label is the index of a class, a number (float), or 1 and 0 for each of several labels.
         labels: the class names, by index.
         source: where the rows come from, in words.
         facts: what was done to the rows and found in them, for the report.
@@ -43,10 +46,13 @@ class Examples:
     def reordered(self, labels: list[str]) -> "Examples":
         """The same rows with the class names in another order."""
         index = [labels.index(name) for name in self.labels]
-        splits = {
-            name: datasets.Dataset.from_dict({**rows[:], "label": [index[i] for i in rows["label"]]})
-            for name, rows in self.splits.items()
-        }
+        if index == list(range(len(labels))):
+            return self
+
+        def turn(batch: Batch, _: Sequence[int]) -> Batch:
+            return batch | {"label": [_moved(label, index) for label in batch["label"]]}
+
+        splits = {name: rewritten(rows, turn, rows.features) for name, rows in self.splits.items()}
         return replace(self, splits=splits, labels=labels)
 
     def texts(self, split: str) -> list[str]:
@@ -54,25 +60,54 @@ class Examples:
         rows = self.splits[split]
         return [text for name in ("text", "pair") if name in rows.column_names for text in rows[name]]
 
+    def counts(self, split: str) -> dict[str, int]:
+        """Label -> rows of a split."""
+        return dict(Counter(name for label in self.splits[split]["label"] for name in self._names(label)))
+
+    def _names(self, label: int | float | list[float]) -> list[str]:
+        """The labels of a row; a number has none."""
+        if isinstance(label, float):
+            return []
+        return [self.labels[label]] if isinstance(label, int) else [self.labels[i] for i, on in enumerate(label) if on]
+
     def fingerprint(self) -> str:
         """sha256 over all rows of all splits, in order."""
         digest = hashlib.sha256()
         for name, rows in self.splits.items():
             pairs = [f"{pair}\0" for pair in rows["pair"]] if "pair" in rows.column_names else [""] * len(rows)
             for text, pair, label in zip(rows["text"], pairs, rows["label"], strict=True):
-                digest.update(f"{name}\0{text}\0{pair}{self.labels[label]}\0".encode())
+                named = repr(label) if isinstance(label, float) else "\1".join(sorted(self._names(label)))
+                digest.update(f"{name}\0{text}\0{pair}{named}\0".encode())
         return digest.hexdigest()
+
+
+def _moved(label: int | list[float], index: list[int]) -> int | list[float]:
+    """A label where class i has become class ``index[i]``."""
+    if isinstance(label, int):
+        return index[label]
+    moved = [0.0] * len(index)
+    for i, on in zip(index, label, strict=True):
+        moved[i] = on
+    return moved
 
 
 class Task(Protocol):
     """A task: data, collator, metrics, the Auto class. Its fields are the keys of ``task`` in a recipe."""
 
-    auto_class: ClassVar[Any]
     pipeline_tag: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
 
+    @property
+    def auto_class(self) -> Any:
+        """Has the ``from_pretrained`` that makes a model with a head for the task."""
+        ...
+
     def load(self) -> Examples:
         """Read and check the data; raises InputError before anything is trained."""
+        ...
+
+    def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """Set what whoever serves the model is to find in its tokenizer; ``config`` is that of the checkpoint."""
         ...
 
     def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
@@ -139,13 +174,18 @@ def read_splits(
 
 
 def take(rows: datasets.Dataset, columns: dict[str, str], where: str) -> dict[str, list[Any]]:
-    """The named columns of a split as lists; a missing one is an error that lists what is there."""
+    """The named columns of a split as lists."""
+    check_columns(rows, columns, where)
+    return {key: list(rows[column]) for key, column in columns.items()}
+
+
+def check_columns(rows: datasets.Dataset, columns: dict[str, str], where: str) -> None:
+    """A missing column is an error that lists what is there."""
     for key, column in columns.items():
         if column not in rows.column_names:
             raise InputError(
                 f"{where}: there is no column '{column}' (task.{key}); its columns are {', '.join(rows.column_names)}"
             )
-    return {key: list(rows[column]) for key, column in columns.items()}
 
 
 def split_files(folder: Path) -> dict[str, Path]:
@@ -174,11 +214,12 @@ def read_file(path: Path, split: str, left_out: list[int] | None = None) -> data
     ``left_out`` is told the lines of a jsonl or csv file that are no UTF-8 or no JSON; None refuses such a file.
     """
     if left_out is not None and path.suffix in (".jsonl", ".csv"):
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / path.name
-            left_out += copy_readable(path, copy)
-            if left_out:
-                return _loaded(copy, split, named=path, cache_dir=folder, keep_in_memory=True)
+        folder = tempfile.mkdtemp(dir=get_temporary_cache_files_directory())
+        copy = Path(folder) / path.name
+        left_out += copy_readable(path, copy)
+        if left_out:
+            return _loaded(copy, split, named=path, cache_dir=folder)
+        copy.unlink()
     elif path.suffix != ".parquet" and (bad := not_utf8(path)):
         count = f" (the first of {len(bad)} such lines)" if len(bad) > 1 else ""
         raise InputError(

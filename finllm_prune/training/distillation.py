@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,15 +12,17 @@ from finllm_prune.errors import InputError
 from finllm_prune.families import find_architecture
 from finllm_prune.inference import Gather, answer
 from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence, uniform_layers
+from finllm_prune.training.logit_losses import kl, margin_mse, mse, set_kl
 from finllm_prune.training.projection import Projection
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """``alpha * T^2 * KL(teacher || student) + (1 - alpha) * task loss + hidden * H + relations * R``.
+    """``alpha * L + (1 - alpha) * task loss + hidden * H + relations * R``.
 
-    Logits after Hinton et al. 2015 (https://arxiv.org/abs/1503.02531). H is the sum, over pairs of a student's and a
+    L is ``T^2 * KL(teacher || student)`` for classes, and a squared error where there is one output (see ``logits``). Logits
+    after Hinton et al. 2015 (https://arxiv.org/abs/1503.02531). H is the sum, over pairs of a student's and a
     teacher's layer, of ``hidden_error``; R is the sum, over the same pairs, of ``relation_divergence``. At 90 % sparsity
     the hidden states are what keeps movement pruning from collapsing.
 
@@ -29,7 +30,10 @@ class Distillation:
         teacher: ``dense``, the baseline of this run, or a local path or Hub id of another fine-tuned model, which may be
             wider and deeper; its tokenizer must be the model's.
         alpha: the weight of the teacher's logits against the labels, 0..1.
-        temperature: softens both distributions; above 0.
+        temperature: softens both distributions of ``kl``; above 0.
+        logits: how logits are compared: ``kl``, ``mse`` or ``margin_mse`` (see ``logit_losses``). ``auto`` takes ``kl`` for
+            classes (of label sets, between the two sides of each label), ``margin_mse`` for the lists of a reranker, and
+            ``mse`` for other models with one output.
         hidden: the weight of the hidden states; 0 leaves them out. A teacher of another width is compared through a
             ``Projection`` that is trained along.
         layers: ``uniform`` pairs each layer of the student with the teacher's at the same relative height (its own, where
@@ -44,6 +48,7 @@ class Distillation:
     teacher: str = "dense"
     alpha: float = 0.9
     temperature: float = 2.0
+    logits: Literal["auto", "kl", "mse", "margin_mse"] = "auto"
     hidden: float = 10.0
     layers: Literal["uniform", "dynamic"] = "uniform"
     relations: float = 0.0
@@ -88,6 +93,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.settings = settings
         self.layers = list(layers)
+        self.outputs = model.config.num_labels
         own = model.config.hidden_size
         widths_differ = settings.hidden > 0 and width not in (None, own)
         self.projection = Projection(width, own) if widths_differ and width is not None else None
@@ -120,17 +126,33 @@ class Teacher:
         settings, logits = self.settings, outputs["logits"]
         self.to(logits.device)
         target = self._target(inputs, gather)
-        t = settings.temperature
-        divergence = F.kl_div(
-            F.log_softmax(logits.float() / t, -1), F.log_softmax(target["logits"].float() / t, -1),
-            reduction="batchmean", log_target=True,
-        )  # fmt: skip
-        loss: Tensor = settings.alpha * t * t * divergence + (1.0 - settings.alpha) * outputs["loss"]
+        distance = self._distance(logits, target["logits"], inputs.get("labels"))
+        loss: Tensor = settings.alpha * distance + (1.0 - settings.alpha) * outputs["loss"]
         if settings.compares_layers:
             loss = loss + self._layers(
                 outputs["hidden_states"][1:], target["hidden_states"][1:], inputs["attention_mask"]
             )
         return loss
+
+    def _distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        """Of the logits, by ``settings.logits``."""
+        one = self.outputs == 1
+        is_list = one and labels is not None and labels.ndim == 2
+        kind = self.settings.logits
+        if kind == "auto":
+            kind = "margin_mse" if is_list else "mse" if one else "kl"
+        if kind == "kl" and self.model.config.problem_type == "multi_label_classification":
+            return set_kl(student, teacher, self.settings.temperature)
+        if kind == "kl" and not one:
+            return kl(student, teacher, self.settings.temperature)
+        if kind == "margin_mse" and is_list and labels is not None:
+            return margin_mse(student, teacher, labels)
+        if kind == "mse":
+            return mse(student, teacher)
+        raise InputError(
+            f"distillation.logits: {kind} compares {'classes' if kind == 'kl' else 'the passages of a query'}, and there are "
+            "none; use auto"
+        )
 
     def _target(self, inputs: dict[str, Tensor], gather: Gather | None) -> dict[str, Any]:
         if TEACHER_LOGITS in inputs:

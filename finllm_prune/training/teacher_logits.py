@@ -47,7 +47,9 @@ def with_teacher_logits(
 
 def _fingerprint(model: PreTrainedModel, rows: datasets.Dataset) -> str:
     """sha256 over the weights of a model and the tokens of rows, in order."""
-    digest = hashlib.sha256(json.dumps([rows["input_ids"][:], rows["attention_mask"][:]]).encode())
+    digest = hashlib.sha256()
+    for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True):
+        digest.update(json.dumps([ids, mask]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

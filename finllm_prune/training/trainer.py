@@ -62,7 +62,8 @@ class PruningTrainer(Trainer):
             )
         if task_loss is not None and (self.compute_loss_func is not None or self.label_smoother is not None):
             raise InputError(
-                "training.label_smoothing_factor: it replaces the loss, as task.class_weights and task.focal_gamma do; use one"
+                "training.label_smoothing_factor: it replaces the loss, as the task does (for class weights, scores, label "
+                "sets, windows); use one"
             )
         if teacher is not None and teacher.projection is not None:
             # Before the pruner's callback: that a checkpoint is complete is told by the pruner's file.

@@ -1,0 +1,67 @@
+"""Several labels for each row, or none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score
+from torch import Tensor
+
+from finllm_prune.judges.classes import mcnemar_p
+from finllm_prune.judges.judge import Answers, Indices
+from finllm_prune.metrics import find_metric
+
+
+@dataclass(frozen=True)
+class LabelSetJudge:
+    """Answers are 0 or 1 for each label, shape (rows, labels); right is a whole set (``accuracy``: subset accuracy).
+
+    The test is McNemar's (1947), exact, on whole sets.
+
+    Args:
+        references: the right sets, in the form of the answers.
+        labels: names of the columns.
+        metrics: names of ``finllm_prune.metrics``.
+        threshold: a label is given where its probability, the sigmoid of its logit, is at least this.
+    """
+
+    references: NDArray[np.int64]
+    labels: Sequence[str]
+    metrics: Sequence[str]
+    threshold: float = 0.5
+
+    unit: ClassVar[str] = "row"
+    flips: ClassVar[tuple[str, str]] = ("right_to_wrong", "wrong_to_right")
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def answers(self, logits: Tensor) -> Answers:
+        return (logits.double().sigmoid() >= self.threshold).long().numpy()
+
+    def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
+        rows = slice(None) if units is None else units
+        return find_metric(metric)(answers[rows], self.references[rows])
+
+    def worth(self, answers: Answers) -> NDArray[np.float64]:
+        return self.same(answers, self.references).astype(np.float64)
+
+    def same(self, one: Answers, other: Answers) -> NDArray[np.bool_]:
+        same: NDArray[np.bool_] = (one == other).all(-1)
+        return same
+
+    def paired_test(self, dense: Answers, pruned: Answers) -> tuple[str, float]:
+        was, now = (self.same(each, self.references) for each in (dense, pruned))
+        return "McNemar's exact test of whole sets", mcnemar_p(was, now)
+
+    def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
+        scores = [f1_score(self.references, each, average=None, zero_division=0.0) for each in (dense, pruned)]
+        return {
+            name: {"dense": float(scores[0][i]), "pruned": float(scores[1][i]), "rows": int(self.references[:, i].sum())}
+            for i, name in enumerate(self.labels)
+        }  # fmt: skip
+
+    def collapsed(self, answers: Answers) -> bool:
+        return len(np.unique(answers, axis=0)) == 1 and len(np.unique(self.references, axis=0)) > 1

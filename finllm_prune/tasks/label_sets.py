@@ -1,0 +1,88 @@
+"""Several labels for each text, or none: the provisions that a contract clause makes, the events that an 8-K reports."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finllm_prune.errors import InputError
+from finllm_prune.tasks.skew import class_weights
+
+
+@dataclass(frozen=True)
+class LabelSets:
+    """The label column holds a list of labels for each row, which may be empty.
+
+    Args:
+        separator: what stands between labels where they are one text, as in a csv; a cell without text has none. None takes
+            lists.
+        threshold: a label is given where its probability is at least this.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    separator: str | None = None
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise InputError("task.label_sets.separator: labels are told apart by a character, as ';'")
+        if not 0 < self.threshold < 1:
+            raise InputError(
+                f"task.label_sets.threshold: a probability lies between 0 and 1, not at {self.threshold:g}"
+            )
+
+    def split(self, value: Any) -> list[Any] | None:
+        """The labels of a row; None where there is no list of them."""
+        if self.separator is None:
+            return list(value) if isinstance(value, list | tuple) else None
+        if value is None or isinstance(value, str):
+            return [name.strip() for name in (value or "").split(self.separator) if name.strip()]
+        return None
+
+    def read(self, values: Sequence[Any], labels: Sequence[str]) -> list[list[float] | None]:
+        """1 for each label that a row has and 0 for the others; None where one of them is unknown, or there is no list."""
+        index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
+        rows = []
+        for value in values:
+            names = self.split(value)
+            known = names is not None and all(isinstance(name, str | int) and name in index for name in names)
+            given = {index[name] for name in names or ()} if known else set()
+            rows.append([float(i in given) for i in range(len(labels))] if known else None)
+        return rows
+
+
+@dataclass(frozen=True)
+class LabelSetLoss:
+    """``mean over rows and labels of -w[label] * y * log p - (1 - y) * log(1 - p)``, p being the sigmoid of a label's logit.
+
+    Args:
+        weights: per label, of the rows that have it, shape (labels,); None weighs all alike.
+    """
+
+    weights: Tensor | None
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch: logits and labels (0 or 1) of shape (rows, labels)."""
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), pos_weight=weights)
+
+
+def positive_weights(asked: str | dict[str, float], labels: Sequence[str], rows: Sequence[Sequence[float]]) -> Tensor:
+    """``balanced``: rows without a label / rows with it, so that both sides of each label count alike; or weights by name.
+
+    Raises:
+        InputError: as of ``class_weights``.
+    """
+    if isinstance(asked, dict):
+        return class_weights(asked, labels, [])
+    held = torch.tensor(rows).sum(0)
+    if absent := (held == 0).nonzero().flatten().tolist():
+        raise InputError(
+            f"task.class_weights: no training row has the label {labels[absent[0]]}, so it cannot be balanced; give weights "
+            "by name"
+        )
+    return (len(rows) - held) / held
