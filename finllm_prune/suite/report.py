@@ -200,7 +200,9 @@ def _ece(each: SetResult) -> str:
 
 def _most(parts: list[dict[str, Any]], name: str) -> str:
     worst = min(parts, key=lambda part: float(part["difference"]), default=None)
-    return f"{name.format(**worst)} {100 * worst['difference']:+.1f}" if worst else ""
+    if worst is None:
+        return ""
+    return f"{name.format(**worst)} {100 * worst['difference']:+.1f}" if worst["difference"] < 0 else "none"
 
 
 def _changed_mind(change: str, each: SetResult) -> str:
