@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # One process per core, each with one torch thread; a file's tests stay together, as they share what they train.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-fast check bench clean
+.PHONY: quickstart test test-fast check audit bench clean
 
 quickstart: $(STAMP)  ## one complete run on embedded data: dense, pruned, proved, exported, with its card
 	$(BIN)/finllm-prune run recipes/quickstart.yaml --overwrite
@@ -21,6 +21,10 @@ check: $(STAMP)  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(STAMP)  ## known weaknesses of the tested versions; asks the network
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 bench: $(STAMP)  ## the overhead of pruning per training step, and the speed of compact models
 	$(BIN)/python scripts/bench_training.py

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,16 +13,17 @@ from rich.markup import escape
 from rich.table import Table
 
 import finllm_prune
-from finllm_prune.errors import InputError, ProofError
+from finllm_prune.errors import HubError, InputError, ProofError
 
 if TYPE_CHECKING:
     from finllm_prune.export import Written
+    from finllm_prune.hub.push import Pushed
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fine-tune financial language models while pruning them."
 )
 console = Console()
-BAD_INPUT, GATE_FAILED, PROOF_FAILED = 2, 3, 4
+BAD_INPUT, GATE_FAILED, PROOF_FAILED, NOT_PUSHED = 2, 3, 4, 5
 
 
 @app.command()
@@ -40,10 +42,12 @@ def run(
     finllm-prune run recipes/quickstart.yaml \\
         'pruning.rules=[{target: mlp, structure: neuron, criterion: movement, sparsity: 0.5}]'
 
-    Exit codes: 0 done, 2 bad input (nothing was trained), 3 a gate failed (everything is written), 4 a proof failed.
+    Exit codes: 0 done, 2 bad input (nothing was trained), 3 a gate failed (everything is written, nothing pushed), 4 a proof
+    failed, 5 the Hub refused (everything is written).
     """
     import datasets
 
+    from finllm_prune.hub.push import push_output
     from finllm_prune.recipe import Recipe
     from finllm_prune.run import run as run_recipe
 
@@ -67,6 +71,8 @@ def run(
         console.print(f"[bold red]A gate failed; everything is written to {loaded.output}.")
         raise typer.Exit(GATE_FAILED)
     console.print(f"Done in {report.run['wall_seconds']['total']:.0f} s: {loaded.output}", soft_wrap=True)
+    if loaded.hub is not None:
+        _print_pushed(push_output(loaded.output, loaded.hub), loaded.hub.repo_id)
 
 
 @app.command()
@@ -136,15 +142,13 @@ def evaluate(
     """
     import datasets
 
-    from finllm_prune.saved import evaluate_saved
-
     _refuse_no_folder(json_file)
     _refuse_no_folder(html_file, "--html")
     datasets.disable_progress_bars()
     if suite is not None:
         if baseline is None:
             raise InputError("--suite: name the dense model to compare with by --baseline")
-        if task or dataset or recipe or max_length:
+        if any(option is not None for option in (task, dataset, max_length, recipe)):
             raise InputError(
                 "--suite: its sets have their own tasks; remove --task, --dataset, --recipe and --max-length"
             )
@@ -152,6 +156,9 @@ def evaluate(
         return
     if overrides or html_file or keep or show_texts:
         raise InputError("KEY=VALUE, --html, --keep and --show-texts go with --suite; add it or remove them")
+
+    from finllm_prune.saved import evaluate_saved
+
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
     _print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:
@@ -162,9 +169,12 @@ def _evaluate_suite(
     path: Path, overrides: list[str], model: str, baseline: str,
     json_file: Path | None, html_file: Path | None, keep: Path | None, show_texts: bool,
 ) -> None:  # fmt: skip
+    import datasets
+
     from finllm_prune.staging import save_text
     from finllm_prune.suite import Suite, evaluate_suite, page
 
+    datasets.disable_progress_bars()
     loaded = Suite.load(path, overrides)
     try:
         report = evaluate_suite(loaded, model, baseline, keep, show_texts)
@@ -204,21 +214,26 @@ def inspect(model: Annotated[str, typer.Argument(help="A saved model or Hub id."
 @app.command()
 def verify(
     model: Annotated[
-        Path, typer.Argument(help="A folder that finllm-prune exported, or one that holds such, as a run's.")
+        str,
+        typer.Argument(help="A folder that finllm-prune exported, or one that holds such, as a run's; or a Hub id."),
     ],
+    revision: Annotated[str | None, typer.Option(help="Of a Hub id: a branch, tag or commit.")] = None,
 ) -> None:
     """Prove exported checkpoints again from their files: hashes, zeros, recorded logits; one line for each.
 
-    Files that are not named in the manifest are allowed for people only (.md, .yaml, .png, no suffix): transformers would
-    take a stray weight file, adapter or script for a part of the model.
+    Files that are not named in the manifest are allowed for people only (.md, .yaml, .png, no suffix, the report): transformers
+    would take a stray weight file, adapter or script for a part of the model. A Hub id is downloaded first.
 
     Exit codes: 0 all hold, 2 nothing was exported there, 4 the first that does not hold.
     """
     from finllm_prune.checkpoints import exported_in, proved
     from finllm_prune.checkpoints import verify as verify_folder
+    from finllm_prune.hub.pull import pull
 
-    for folder in exported_in(model):
-        console.print(f"{folder}: {proved(verify_folder(folder))}", soft_wrap=True)
+    place = pull(model, revision)
+    for folder in exported_in(place):
+        name = Path(model) / folder.relative_to(place)
+        console.print(f"{name}: {proved(verify_folder(folder))}", soft_wrap=True)
 
 
 @app.command()
@@ -314,6 +329,71 @@ def trim(
         console.print(f"Of {change.texts:,} texts, {change}.", soft_wrap=True, highlight=False)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="The output of a run or of export, or one exported format.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name; made where there is none.")],
+    revision: Annotated[str | None, typer.Option(help="The branch; main without it.")] = None,
+    tag: Annotated[str | None, typer.Option(help="A name for this very commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the commit instead of making it.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="For everybody; without it a new repository is private.")
+    ] = False,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", metavar="FORMAT", help="A format to push; can be given again.")
+    ] = None,
+    allow_failed_gates: Annotated[
+        bool, typer.Option("--allow-failed-gates", help="Push what is no success; the card says so in its first line.")
+    ] = False,
+) -> None:
+    """Push a finished model to the Hub in one commit, after proving it again from its files.
+
+    \b
+    finllm-prune push outputs/quickstart org/name
+    finllm-prune push outputs/quickstart org/name --format compact --format onnx --tag v1
+
+    The best format that plain transformers loads lies at the root, where from_pretrained("org/name") finds it; each other one
+    in a folder of its name (subfolder="ragged"). The token is that of `hf auth login` or HF_TOKEN. What the Hub has already is
+    not sent again. Local paths are left out of the recipe's copy; report and recorded steps stay here.
+
+    Exit codes: 0 pushed, 2 bad input (a failed gate, an unknown file, a secret; nothing was sent), 4 a proof failed, 5 the
+    Hub cannot be reached or refuses.
+    """
+    from finllm_prune.hub.push import Hub
+    from finllm_prune.hub.push import push as push_folder
+
+    hub = Hub(repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag)
+    _print_pushed(push_folder(folder, hub, formats or [], allow_failed_gates=allow_failed_gates), repo_id)
+
+
+@app.command()
+def pull_and_compare(
+    model: Annotated[str, typer.Argument(help="The pruned model: a saved one or a Hub id.")],
+    baseline: Annotated[str, typer.Argument(help="The dense model to compare with: a saved one or a Hub id.")],
+    data: Annotated[Path, typer.Option(help="Your own .csv (or .jsonl, .parquet), with or without labels.")],
+    text: Annotated[str, typer.Option(help="The column of the text.")] = "text",
+    label: Annotated[str, typer.Option(help="The column of the label, where there is one.")] = "label",
+    max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 128,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    flips: Annotated[Path | None, typer.Option(help="Write the rows with another prediction here, as .csv.")] = None,
+) -> None:
+    """Hold a pruned model against the dense one on your own texts: agreement and flips; with labels, metrics too.
+
+    \b
+    finllm-prune pull-and-compare org/name org/name-dense --data mine.csv --flips flips.csv
+    """
+    from finllm_prune.comparison import compare_on
+
+    for file in (json_file, flips):
+        _refuse_no_folder(file)
+    compared = compare_on(model, baseline, data, text, label, max_length)
+    _print_rows(compared.rows, f"{model} against {baseline} on {data.name}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(compared.figures, indent=2) + "\n")
+    if flips is not None:
+        compared.write_flips(flips)
+
+
 def _version(show: bool) -> None:
     if show:
         console.print(f"finllm-prune {finllm_prune.__version__}", highlight=False)
@@ -326,9 +406,28 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("httpx2", "bm25s"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format="%(message)s" if ranks == 1 else f"[rank {rank}] %(message)s",
+    )
+    for talkative in ("httpx2", "accelerate", "bm25s"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    if ranks > 1:
+        _one_of_several(rank)
+
+
+def _one_of_several(rank: int) -> None:
+    """The first process tells how it goes, with bars; the others only warn, and all warnings say whose they are."""
+    if rank:
+        os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from transformers.utils import logging as theirs
+
+    logging.captureWarnings(True)
+    theirs.disable_default_handler()
+    theirs.enable_propagation()
+    if rank:
+        theirs.disable_progress_bar()
 
 
 def _refuse_no_folder(file: Path | None, option: str = "--json") -> None:
@@ -357,6 +456,12 @@ def _print_written(written: "Sequence[Written]", source: str) -> None:
     console.print(table)
 
 
+def _print_pushed(pushed: "Pushed", repo_id: str) -> None:
+    for name, place in pushed.places.items():
+        console.print(f"{name}: {repo_id}" + (f", subfolder {place}" if place else ""), soft_wrap=True, highlight=False)
+    console.print(f"{'Pushed' if pushed.new else 'Nothing new'}: {pushed.url}", soft_wrap=True, highlight=False)
+
+
 def main() -> None:
     """The console script: errors that a user can act on are one line, not a traceback."""
     try:
@@ -367,3 +472,6 @@ def main() -> None:
     except ProofError as error:
         Console(stderr=True).print(f"[bold red]Proof failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(PROOF_FAILED) from None
+    except HubError as error:
+        Console(stderr=True).print(f"[bold red]Not pushed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(NOT_PUSHED) from None

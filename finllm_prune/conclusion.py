@@ -24,13 +24,18 @@ from finllm_prune.evaluation import (
 from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.hub.card import write_card
 from finllm_prune.inference import logits_of
-from finllm_prune.prepare import CHECKPOINTS, Prepared
+from finllm_prune.prepare import CHECKPOINTS, Prepared, engine_of
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.staging import publish
 from finllm_prune.training import RECORD_FILE, Recorder
 
-_FASTEST = ("ragged", "compact", "packed")  # the narrowest blocks first; packed ones are those of ragged
+_FASTEST = (
+    "ragged",
+    "ragged-remote",
+    "compact",
+    "packed",
+)  # the narrowest blocks first; packed ones are those of ragged
 
 Classifier = Callable[..., Any]
 
@@ -112,7 +117,9 @@ def _target(
     """Against the costs that the Pruner chose by: a resumed run has those of its checkpoint."""
     if target is None or pruner.costs is None:
         return None
-    return check_target(target, pruner.costs, dense, student, {g.name: int(g.mask.sum()) for g in pruner.groups})
+    return check_target(
+        target, pruner.costs, dense, student, {g.name: int(g.mask.sum()) for g in pruner.groups}, engine_of(target)
+    )
 
 
 def _wall(clock: dict[str, float]) -> dict[str, float]:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.checkpoints import delta, exported_in, find_format, verify
-from finllm_prune.checkpoints.manifest import MANIFEST
+from finllm_prune.checkpoints.manifest import MANIFEST, REPORT
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.hub.base_model import locate
 from finllm_prune.prepare import load_tokenizer, without_load_report
@@ -94,8 +93,10 @@ def _load(location: str | Path, *, whole: bool = True) -> PreTrainedModel:
         verify(Path(location))
     try:
         with without_load_report():
-            model, told = AutoModelForSequenceClassification.from_pretrained(location, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            model, told = AutoModelForSequenceClassification.from_pretrained(
+                location, output_loading_info=True, trust_remote_code=False
+            )
+    except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"{location}: its weights cannot be loaded: {one_line(error)}") from error
     head = set() if whole else delta.head_names(model)
     if missing := sorted(told["missing_keys"] - head):
@@ -135,6 +136,9 @@ def _carry_card(source: Path, folder: Path) -> None:
     for name in _CARD:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
+    report = next((place / REPORT for place in (source, source.parent) if (place / REPORT).is_file()), None)
+    if report is not None:
+        shutil.copy(report, folder / REPORT)  # which tells a push whether gates passed
     if (source / "plots").is_dir():
         shutil.copytree(source / "plots", folder / "plots", dirs_exist_ok=True)
 
@@ -155,6 +159,9 @@ def _loads_with(folder: Path) -> str:
         return "finllm_prune.checkpoints.delta.apply"
     if any(folder.glob("*.onnx")):
         return "onnxruntime"
-    if "quantization_config" in (folder / "config.json").read_text():
+    config = (folder / "config.json").read_text()
+    if "auto_map" in config and "quantization_config" in config:
+        return "from_pretrained with trust_remote_code=True, or after import finllm_prune"
+    if "quantization_config" in config:
         return "import finllm_prune, then from_pretrained"
     return "from_pretrained"

@@ -24,7 +24,7 @@ from transformers import (
 from finllm_prune.checkpoints.packed import pack_all
 from finllm_prune.evaluation import Target, cpu_threads, flops, measured_table, parameter_bytes
 from finllm_prune.families import Architecture, Family, find_architecture, narrow
-from finllm_prune.prepare import Prepared, load_model, read, training_arguments
+from finllm_prune.prepare import Prepared, engine_of, load_model, read, training_arguments
 from finllm_prune.pruning import Group, Pruner, equal_widths
 from finllm_prune.recipe import Recipe
 from finllm_prune.training import PruningTrainer, Teacher
@@ -181,7 +181,7 @@ def _latency(
     if not widths:
         return None
     with cpu_threads(shape.threads):
-        table = measured_table(dense, student, shape.batch, tokens, set(widths))
+        table = measured_table(dense, student, shape.batch, tokens, set(widths), shape.runtime, engine_of(shape))
         threads = torch.get_num_threads()
     surface = table.surface()
     whole = {"attention": table.heads[-1:], "mlp": table.neurons[-1:]} | widths

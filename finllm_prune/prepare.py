@@ -15,7 +15,6 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -27,16 +26,17 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from finllm_prune.checkpoints import SERVED
+from finllm_prune.checkpoints import SERVED, find_engine
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import Target, price
+from finllm_prune.evaluation import Engine, Target, on_cpu, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
-from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap
+from finllm_prune.hub.push import refuse_no_token
+from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap, refuse_unsplittable
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, read_texts
 from finllm_prune.training import refuse_no_chain
-from finllm_prune.training.trainer import refuse_unsupported
+from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 _MUCH = 10**9  # bytes of a criterion's state that are told before training
 _KEPT = "vocabulary.json"
+_BATCH = "batch.json"
+_SHARING = ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_backend")
 GRAPH_BYTES = 2**31
 _REMEDY = "use --overwrite to replace it, or set another output"
 _TOKENIZER_FILES = (
@@ -98,10 +100,7 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     ready = read(recipe, resume=resume, overwrite=overwrite)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        _open_work(recipe, ready.work, resume)
-        if ready.vocabulary is not None:
-            (ready.work / CHECKPOINTS).mkdir(exist_ok=True)
-            (ready.work / CHECKPOINTS / _KEPT).write_text(json.dumps(ready.vocabulary[0].old))
+        _open_work(ready, resume)
     PartialState().wait_for_everyone()
     return ready
 
@@ -114,7 +113,13 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     if recipe.recovery is not None:
         training_arguments(recipe, work, "recover", recipe.recovery.training)
     refuse_unsupported(arguments)
+    if asks_for_fsdp(arguments):
+        _refuse_unsplittable(recipe)
     _check_output(recipe, work, resume, overwrite)
+    if recipe.hub is not None:
+        refuse_no_token(recipe.hub)
+    if resume:
+        _check_batch(work, arguments)
     examples = recipe.task.load()
     location, origin = (
         locate(recipe.dense.checkpoint, "dense.checkpoint") if recipe.dense.checkpoint else locate(recipe.model.name)
@@ -144,7 +149,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     costs = None
     if (target := recipe.pruning.target) is not None:
         _refuse_too_long(target, config)
-        costs = price(target, model, small, groups)
+        costs = price(target, model, small, groups, engine_of(target))
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
     )
@@ -156,6 +161,16 @@ def _check_gates(recipe: Recipe, examples: Examples) -> None:
     for name in recipe.gates:
         if name.removesuffix("_retention") not in (*metrics, "agreement", "latency_ratio"):
             raise InputError(f"gates.{name}: this task does not measure it but {', '.join(metrics)}; name one of these")
+
+
+def _refuse_unsplittable(recipe: Recipe) -> None:
+    """What a recipe cannot ask for where FSDP splits the model among ranks."""
+    refuse_unsplittable(recipe.pruning.rules)
+    if recipe.recovery is not None:
+        raise InputError(
+            "recovery: FSDP splits the optimizer's moments among ranks, and the small model cannot take them over; remove the "
+            "key, or launch with DDP"
+        )
 
 
 def _refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -187,6 +202,11 @@ def _check_rules(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
     return groups
 
 
+def engine_of(target: Target) -> Engine:
+    """What makes of a model what the target's runtime runs; raises InputError where a package is missing."""
+    return on_cpu if target.runtime == "torch" else find_engine(target.runtime)
+
+
 def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and target.kind != "size" and target.tokens > longest:
@@ -197,7 +217,7 @@ def _refuse_too_long(target: Target, config: PreTrainedConfig) -> None:
 
 def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedConfig, rules: list[Rule]) -> None:
     """What a recipe asks for beyond the rules, and not every architecture can give."""
-    for name, ragged in (("compact", False), ("ragged", True)):
+    for name, ragged in (("compact", False), ("ragged", True), ("ragged-remote", True)):
         shrinks = recipe.model.keep_layers or any(architecture.can_shrink(rule, ragged) for rule in rules)
         if name in recipe.export and not shrinks:
             raise InputError(
@@ -253,15 +273,17 @@ def _check_vocabulary(work: Path, trimmed: Trimmed) -> None:
 
 def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> None:
     """What no ONNX graph can be made of, or none was tried on."""
-    asked = [name for name in recipe.export if name in SERVED]
+    target = recipe.pruning.target
+    asked = [name for name in (*recipe.export, target.runtime if target else "torch") if name in SERVED]
     if asked and not isinstance(architecture, Family):
         raise InputError(
-            f"export: {asked[0]} is made of models with a family, and {model.config.model_type} has none; drop it from export"
+            f"export: {asked[0]} is made of models with a family, and {model.config.model_type} has none; "
+            "drop it from export and target"
         )
     if asked and model.num_parameters() * 4 > GRAPH_BYTES:
         raise InputError(
             f"export: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in fp32; "
-            f"drop {asked[0]} from export"
+            f"drop {asked[0]} from export and target"
         )
 
 
@@ -270,9 +292,13 @@ def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
     try:
         with without_load_report():
             model: PreTrainedModel = task.auto_class.from_pretrained(
-                location, **task.head_config(labels), ignore_mismatched_sizes=True, dtype=torch.float32
+                location,
+                **task.head_config(labels),
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
     return model
 
@@ -291,8 +317,8 @@ def without_load_report() -> Iterator[None]:
 def load_config(location: str, key: str = "model") -> PreTrainedConfig:
     """The config of a model; a damaged one is one sentence with the recipe's key."""
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location)
-    except (OSError, ValueError, KeyError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # as above
         raise InputError(f"{key}: the config of {location} cannot be read: {one_line(error)}") from error
     return config
 
@@ -302,8 +328,8 @@ def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase
     if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # as above
         raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
     return tokenizer
 
@@ -367,9 +393,9 @@ def _check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> 
             raise InputError(f"--resume: there is no unfinished run in {work}; start it without --resume")
         if not (work / "recipe.yaml").is_file():
             raise InputError(f"--resume: {work} holds no recipe.yaml, so it is no run; start afresh with --overwrite")
-        started = yaml.safe_load((work / "recipe.yaml").read_text())
-        if started != recipe.resolved:
-            changed = [key for key in recipe.resolved if started.get(key) != recipe.resolved[key]]
+        started, now = _unsplit(yaml.safe_load((work / "recipe.yaml").read_text())), _unsplit(recipe.resolved)
+        if started != now:
+            changed = [key for key in now if started.get(key) != now[key]]
             raise InputError(
                 f"--resume: the run in {work} was started with another recipe (it differs in {', '.join(changed)}); "
                 "resume with that one, or start afresh with --overwrite"
@@ -381,11 +407,37 @@ def _check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> 
             raise InputError(f"output: an unfinished run lies in {work}; use --resume to go on with it, or --overwrite")
 
 
-def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
+def _unsplit(resolved: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what says how many processes share a step, which may be others when a run goes on."""
+    training = {key: value for key, value in (resolved.get("training") or {}).items() if key not in _SHARING}
+    return resolved | {"training": training}
+
+
+def _check_batch(work: Path, arguments: TrainingArguments) -> None:
+    """The rows of a step are those that the run was started with, however many processes share them."""
+    kept = work / CHECKPOINTS / _BATCH
+    if kept.is_file() and (rows := json.loads(kept.read_text())) != _step_rows(arguments):
+        raise InputError(
+            f"--resume: a step of the run in {work} takes {rows} rows, and would take {_step_rows(arguments)}; set "
+            f"training.per_device_train_batch_size so that, times processes and gradient_accumulation_steps, it makes {rows}"
+        )
+
+
+def _step_rows(arguments: TrainingArguments) -> int:
+    rows: int = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    return rows
+
+
+def _open_work(ready: Prepared, resume: bool) -> None:
+    checkpoints = ready.work / CHECKPOINTS
     if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        (work / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
+        shutil.rmtree(ready.work, ignore_errors=True)
+        checkpoints.mkdir(parents=True)
+        (ready.work / "recipe.yaml").write_text(yaml.safe_dump(ready.recipe.resolved, sort_keys=False))
+        (checkpoints / _BATCH).write_text(json.dumps(_step_rows(ready.arguments)))
+    if ready.vocabulary is not None:
+        checkpoints.mkdir(exist_ok=True)
+        (checkpoints / _KEPT).write_text(json.dumps(ready.vocabulary[0].old))
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from finllm_prune.checkpoints import find_format
+from finllm_prune.checkpoints import find_engine, find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Target, check_gates
+from finllm_prune.hub.push import Hub
 from finllm_prune.pruning import (
     BUDGETS,
     CRITERIA,
@@ -41,7 +42,8 @@ T = typing.TypeVar("T")
 
 _OWNED = {
     "output_dir": "output", "resume_from_checkpoint": "--resume", "do_train": "the run itself", "do_eval": "the run itself",
-    "push_to_hub": "a later push of the output folder", "hub_model_id": "a later push of the output folder",
+    "push_to_hub": "the recipe's own hub", "hub_model_id": "the recipe's own hub",
+    "hub_token": "`hf auth login` or HF_TOKEN, as a recipe is written beside the model",
 }  # fmt: skip
 
 
@@ -111,6 +113,7 @@ class Recipe:
         training: ``transformers.TrainingArguments`` by their own names.
         export: formats to write.
         gates: measured value -> threshold; a miss ends the run with exit code 3 after everything is written.
+        hub: where the model is pushed when the run is complete and its gates passed; None pushes nothing.
         resolved: the whole recipe as plain data, as it is saved beside the weights.
     """
 
@@ -126,6 +129,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     export: list[str] = field(default_factory=lambda: ["masked", "compact"])
     gates: dict[str, float] = field(default_factory=dict)
+    hub: Hub | None = None
     resolved: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -169,6 +173,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         training=training,
         export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
         gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
+        hub=_optional(Hub, {"repo_id": hub} if isinstance(hub := data.get("hub"), str) else hub, "hub"),
     )
     if recipe.output.name in ("", ".."):
         raise InputError(f"output: '{recipe.output}' is no folder that can be made anew; name one, as outputs/mine")
@@ -179,13 +184,13 @@ def parse(data: dict[str, Any]) -> Recipe:
         _check_recovery(recipe, recipe.recovery)
     couples = recipe.pruning.fill or any(rule.structure.couples for rule in recipe.pruning.rules)
     shrinks = recipe.model.keep_layers or couples
-    for name in ("compact", "ragged"):
+    for name in ("compact", "ragged", "ragged-remote"):
         if name in recipe.export and not shrinks:
             raise InputError(
                 f"export: no rule removes whole neurons, heads or layers, so {name} would be as large as masked; "
                 f"drop {name} from export, or add a rule with structure: neuron"
             )
-    if "latency_ratio" in recipe.gates and not {"compact", "ragged"} & set(recipe.export):
+    if "latency_ratio" in recipe.gates and not {"compact", "ragged", "ragged-remote"} & set(recipe.export):
         raise InputError(
             "gates.latency_ratio: only a compact or ragged model is faster; add one to export or drop the gate"
         )
@@ -204,6 +209,8 @@ def _pruning(data: Any) -> Pruning:
     schedule = named(SCHEDULES, settings.get("schedule", "cubic"), "pruning.schedule")
     fill = typed(bool, settings.get("fill", False), "pruning.fill")
     target = _optional(Target, settings.get("target"), "pruning.target")
+    if target is not None and target.runtime != "torch":
+        find_engine(target.runtime)
     _refuse_beside_target(target, rules, settings)
     if fill:
         refuse_unfillable(rules)

@@ -9,6 +9,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.conclusion import conclude
@@ -18,7 +19,7 @@ from finllm_prune.families import expand, find_architecture, shrink, without_eff
 from finllm_prune.inference import answer, gather_of
 from finllm_prune.judges import Judge
 from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
-from finllm_prune.pruning import Calibrated, Pruner, Sensitivity
+from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, split_mesh
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import staged
 from finllm_prune.training import (
@@ -73,7 +74,7 @@ def dense(ready: Prepared) -> PreTrainedModel:
         if ready.recipe.dense.checkpoint is None:
             trainer = _trainer(ready, model, "dense", ready.recipe.dense.training)
             trainer.go_on()
-        _once(lambda: _save_plain(model, ready.tokenizer, folder))
+        _save_plain(model, ready.tokenizer, folder)
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
 
 
@@ -102,6 +103,7 @@ def prune(
     if trainer.args.resume_from_checkpoint is None:  # a checkpoint holds the outcome
         _calibrate(ready, student, pruner)
     trainer.go_on()
+    student = _whole(ready, student, pruner)
     log = trainer.state.log_history
     clock["pruned"] = time.time()
     if recipe.recovery is not None:
@@ -214,6 +216,25 @@ def _once(write: Callable[[], None]) -> None:
 
 
 def _save_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    with staged(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    """On the first rank; a model that is split is gathered there, matrix by matrix, in host memory."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = None if split_mesh(model) is None else get_model_state_dict(model, options=options)
+
+    def write() -> None:
+        with staged(folder) as partial:
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+
+    _once(write)
+
+
+def _whole(ready: Prepared, model: PreTrainedModel, pruner: Pruner) -> PreTrainedModel:
+    """A model that FSDP has split, whole on each rank, and the Pruner on it; by way of the disk, so as to hold it once."""
+    if split_mesh(model) is None:
+        return model
+    folder = ready.work / CHECKPOINTS / "whole"
+    _save_plain(model, ready.tokenizer, folder)
+    whole = load_model(ready.recipe.task, str(folder), ready.examples.labels)
+    nn.Module.to(whole, device=ready.arguments.device)
+    pruner.follow(whole)
+    return whole

@@ -13,14 +13,16 @@ from finllm_prune.errors import InputError, one_line
 
 T = TypeVar("T")
 
+_MOST = 100_000  # characters and values
+
 
 def read_yaml(path: Path, overrides: Sequence[str], what: str) -> dict[str, Any]:
     """The keys and values of a YAML file after ``key.sub=value`` overrides (values are YAML); ``what`` it is, for errors."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such {what}") from None
-    except (yaml.YAMLError, ValueError, IsADirectoryError) as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} is not a readable YAML file: {one_line(error)}") from None
     try:
         data = mapping(data, f"the {what}")
@@ -71,6 +73,37 @@ def _config(kind: Any) -> ConfigDict | None:
     return None if dataclasses.is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True)
 
 
+def parse_yaml(text: str) -> Any:
+    """The plain data of a YAML text, by the safe loader.
+
+    Raises:
+        ValueError: it is no YAML, or more than a recipe is: a few aliases of aliases can grow to any size.
+    """
+    if len(text) > _MOST:
+        raise ValueError(f"over {_MOST:,} characters are no recipe")
+    try:
+        data = yaml.safe_load(text)
+        _refuse_large(data)
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return data
+
+
+def _refuse_large(data: Any) -> None:
+    count, waiting = 0, [data]
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _MOST:
+            raise ValueError(f"its aliases make over {_MOST:,} values of it")
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | set | tuple):
+            waiting += value
+
+
 def mapping(data: Any, where: str) -> dict[str, Any]:
     """A copy of a mapping with text keys; anything else is an error."""
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
@@ -100,8 +133,8 @@ def set_override(data: dict[str, Any], text: str) -> None:
     if not sign or not path:
         raise InputError(f"override '{text}': write it as key.sub=value")
     try:
-        value = yaml.safe_load(raw)
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(raw)
+    except ValueError:
         raise InputError(f"override '{text}': its value is not YAML") from None
     *parents, last = path.split(".")
     place: Any = data

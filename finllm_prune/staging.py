@@ -45,6 +45,24 @@ def staged(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def clear_when_full(folder: Path) -> Iterator[None]:
+    """While a training writes checkpoints into ``folder``.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_disk_full(error):
+            raise InputError(
+                f"{folder} cannot be written: {one_line(error)}; free some space there and go on with --resume (the "
+                "checkpoints before this one are whole)"
+            ) from error
+        raise
+
+
 def publish(partial: Path, folder: Path) -> None:
     """Rename a complete folder into place; what was there before goes only when the new one stands."""
     old = folder.with_name(f"{folder.name}.old")
@@ -77,8 +95,12 @@ def recover(folder: Path) -> None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Libraries in Rust (safetensors, tokenizers) give the number in words alone."""
+    """Libraries in Rust (safetensors, tokenizers) give the number in words alone, and PyTorch no number at all."""
     if isinstance(error, OSError):
         return error.errno in _FULL
+    if isinstance(error, RuntimeError) and re.search(
+        r"PytorchStreamWriter failed writing|inline_container\.cc", str(error)
+    ):
+        return True
     told = re.search(r"\(os error (\d+)\)", str(error))
     return told is not None and int(told[1]) in _FULL

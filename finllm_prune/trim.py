@@ -52,12 +52,14 @@ def trim_saved(
 
 def _load(location: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The model as the class that saved it: a trimmed language model stays one."""
-    names = config.architectures or ["AutoModel"]
+    name = str((config.architectures or ["AutoModel"])[0])
     try:
-        found: Any = getattr(transformers, names[0])
-        model: PreTrainedModel = found.from_pretrained(location, dtype="auto")
-    except (AttributeError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{location}: {names[0]} cannot be loaded: {one_line(error)}") from error
+        found: Any = transformers.AutoModel if name == "AutoModel" else getattr(transformers, name)
+        if name != "AutoModel" and not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+            raise ValueError("transformers has no such model")
+        model: PreTrainedModel = found.from_pretrained(location, dtype="auto", trust_remote_code=False)
+    except (AttributeError, OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"{location}: {name} cannot be loaded: {one_line(error)}") from error
     if model.config.is_encoder_decoder:
         raise InputError(f"{location}: models with an encoder and a decoder cannot be trimmed; name one without")
     return model

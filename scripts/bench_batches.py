@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import datasets
 import torch
@@ -120,7 +121,7 @@ def main() -> None:
             took, losses[name] = seconds(side, task, rows, args.batch)
             times[name].append(took)
     print(
-        f"\nMiniLM-L6, {len(rows)} texts of {args.data}, {statistics.median(lengths):.0f} tokens in the median and "
+        f"\nMiniLM-L6, {len(rows)} texts of {Path(args.data).name}, {statistics.median(lengths):.0f} tokens in the median and "
         f"{lengths[-1]} at most, max_length {args.max_length}, batch {args.batch}, {torch.get_num_threads()} threads, "
         f"{args.rounds} rounds"
     )

@@ -7,6 +7,7 @@ linear layers, "whole" the file with the embeddings; the load ratio is the media
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -47,6 +48,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in folders}
         for _ in range(args.rounds):
             for name, folder in folders.items():
+                gc.collect()  # of the model before, whose memory else is given back on this one's time
                 start = time.perf_counter()
                 AutoModelForSequenceClassification.from_pretrained(folder)
                 seconds[name].append(time.perf_counter() - start)

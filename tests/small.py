@@ -78,6 +78,11 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
+def quick_compare() -> Callable[..., object]:
+    """``compare`` with 9 resamples instead of 999."""
+    return partial(compare, resamples=9)
+
+
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bootstrap with 9 resamples instead of 999: the intervals are no part of the test, and half of its time."""
     for module in (finllm_prune.conclusion, finllm_prune.saved):

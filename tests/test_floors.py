@@ -13,12 +13,13 @@ FLOORS = [
     {"families", "metrics", "vocabulary"},
     {"judges"},
     {"training", "tasks", "checkpoints", "evaluation"},
-    {"recipe", "hub", "registration"},
+    {"hub"},
+    {"recipe", "registration"},
     {"prepare"},
     {"provenance"},
     {"conclusion"},
     {"run", "saved", "export", "plan", "trim"},
-    {"suite"},
+    {"suite", "comparison"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

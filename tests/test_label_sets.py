@@ -93,6 +93,7 @@ def test_a_run_learns_sets(tmp_path: Path, tiny_folder: small.TinyFolder, monkey
     assert set(report.quality.per_class) == set(TOPICS)
     card = (folder / "README.md").read_text()
     assert "top_k=None" in card
+    assert "A label is given where its score is 0.3 or more" in card
     assert "| move | 16 | 2 | 6 |" in card
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import find_format, verify
-from finllm_prune.checkpoints.packing import Packed, pack, unpack
+from finllm_prune.checkpoints.packing import Memory, Packed, pack, unpack
 from finllm_prune.checkpoints.quantizer import WEIGHTS
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_architecture
@@ -59,6 +59,23 @@ def test_eight_bits_are_half_a_step_away_at_most(matrix: Tensor) -> None:
     assert not back[matrix == 0].any()
     again = pack(back, int8=True)
     torch.testing.assert_close(unpack(again, tuple(matrix.shape), torch.float32), back)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 300), st.sampled_from([torch.float32, torch.bfloat16, torch.float64])), max_size=6
+    )
+)
+def test_matrices_in_one_piece_of_memory_are_strangers(wanted: list[tuple[int, torch.dtype]]) -> None:
+    memory = Memory()
+    tensors = [memory.zeros(count, dtype) for count, dtype in wanted]
+    for number, tensor in enumerate(tensors, start=1):
+        assert not tensor.any()
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors, start=1))
+    assert [(len(tensor), tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in tensors] == [
+        (count, dtype, count * dtype.itemsize) for count, dtype in wanted
+    ]
 
 
 @given(matrices(), st.data())
@@ -165,7 +182,7 @@ def test_a_changed_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenize
             load(tmp_path / "saved")
     for gone in ([name], [name, mask]):
         save_file({key: part for key, part in state.items() if key not in gone}, file, metadata={"format": "pt"})
-        with pytest.raises(InputError, match=r"missing or damaged|packed matrices, but config.json tells of"):
+        with pytest.raises(InputError, match=r"is missing; export|packed matrices, but config.json tells of"):
             load(tmp_path / "saved")
     file.write_bytes(whole[:-1])
     with pytest.raises(InputError, match="is missing or damaged"):

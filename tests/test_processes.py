@@ -63,7 +63,7 @@ def command(recipe: Path, *more: str) -> list[str]:
 
 def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run to the end; a model so tiny may predict one class, which is exit code 3 with everything written."""
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode in (0, 3) or "exitcode  : 3 " in done.stderr, done.stderr[-3000:]
     return done
 

@@ -1,12 +1,16 @@
 """A target instead of ratios: the costs are those of the really smaller model, and a run ends at its target or says so."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from finllm_prune.checkpoints import find_engine, find_format, serve
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import (
     LatencyTable,
@@ -17,6 +21,7 @@ from finllm_prune.evaluation import (
     measured_table,
     parameter_bytes,
     price,
+    token_ids,
 )
 from finllm_prune.evaluation.latency_table import equal_blocks
 from finllm_prune.families import find_family, narrow
@@ -96,6 +101,9 @@ def test_a_part_that_no_rule_cuts_costs_the_same_in_the_table() -> None:
     assert surface[:, 32] == pytest.approx([0.7] * 5)
 
 
+TINY = LatencyTable([1, 4], [1, 64], [[0.5, 0.7], [0.8, 1.0]], 1.0)
+
+
 def few_cells(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(latency_table, "CACHE", folder)
     monkeypatch.setattr(latency_table, "_ROUNDS", 1)
@@ -115,6 +123,58 @@ def test_the_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file.write_text("{")
     measured_table(model, model, 1, 8, {"mlp"})
     assert json.loads(file.read_text())["neurons"] == first.neurons
+
+
+def test_another_runtime_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_cells(monkeypatch, tmp_path)
+    monkeypatch.setattr(latency_table, "_FEW_STEPS", {"attention": (0.0, 1.0), "mlp": (0.0, 1.0)})
+    model, made = tiny_model(), []
+
+    def engine(narrowed: PreTrainedModel) -> Callable[..., None]:
+        made.append(narrowed)
+        seconds = 1e-8 * sum(linear.weight.numel() for linear in find_family("bert").linears(narrowed).values())
+        return lambda **inputs: time.sleep(0.002 + 10 * seconds)
+
+    parts = {"mlp", "attention"}
+    table = measured_table(model, model, 1, 8, parts, "onnx", engine)
+    assert (table.heads, table.neurons, table.ratios[-1][-1]) == ([1, 4], [1, 64], 1.0)
+    assert table.ratios[0][0] < 0.8
+    assert [narrowed for narrowed in made if narrowed is model] == [model], "one dense engine for all cells"
+    assert len(made) == 4
+    assert measured_table(model, model, 1, 8, parts, "onnx", engine) == table
+    assert len(made) == 4
+    measured_table(model, model, 1, 8, parts)
+    known = [json.loads(file.read_text())["of"] for file in tmp_path.iterdir()]
+    assert sorted(of["runtime"] for of in known) == ["onnx", "torch"]
+    assert [("onnxruntime" in of) for of in known] == [of["runtime"] == "onnx" for of in known]
+
+
+@pytest.mark.slow  # each cell of the table is a graph, which takes a second to make
+def test_a_run_ends_at_its_target_in_eight_bits(
+    tmp_path: Path, tiny_folder: small.TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.few_resamples(monkeypatch)
+    few_cells(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(latency_table, "_FEW_STEPS", {"attention": (0.0, 1.0), "mlp": (0.0, 1.0)})
+    target = {"latency": 0.95, "tokens": 32, "runtime": "onnx-int8"}
+    recipe = parse(target_recipe(tiny_folder(), tmp_path, target))
+    # What a tiny model takes is noise, so a table is put in the place of the measured one.
+    monkeypatch.setattr(latency_table, "_measure", lambda *args: TINY)
+    report = run(recipe)
+    assert report is not None
+    assert report.target is not None
+    assert (report.target["runtime"], report.target["kind"]) == ("onnx-int8", "latency")
+    assert 0.85 < report.target["predicted"] <= 0.953
+    assert report.target["measured"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnx", "onnx-int8"])
+def test_an_engine_is_what_its_format_serves(runtime: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model()
+    find_format(runtime)(model, tokenizer, tmp_path / "saved")
+    inputs = token_ids(300, 3, 11)
+    assert torch.equal(find_engine(runtime)(model)(**inputs).logits, serve(tmp_path / "saved")(**inputs).logits)
 
 
 def test_latency_is_shared_out_as_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +253,8 @@ def test_a_missed_target_is_said() -> None:
         ("target", {"size": 0.5, "flops": 0.5}, "one of latency, size, flops is needed, and 2 are given"),
         ("target", {"flops": 3}, "pruning.target.flops: 3.0 is no part of the dense model's"),
         ("target", {"flops": 0.5, "batch": 0}, "batch, tokens and threads must be at least 1"),
-        ("target", {"latency": 0.5, "runtime": "onnx-int8"}, "'onnx-int8' cannot be measured yet; use torch"),
+        ("target", {"latency": 0.5, "runtime": "tflite"}, "target.runtime: unknown 'tflite'; known: torch, onnx, onnx-int8"),
+        ("target", {"flops": 0.5, "runtime": "onnx"}, "target.runtime: flops is the same in each runtime; remove the key"),
         ("target", None, "pruning.rules.0.sparsity: this key is missing"),
         ("fill", True, "pruning.fill: "),
         ("oneshot", "magnitude", "pruning.oneshot: pruning.target needs masks that are chosen while training"),

@@ -14,7 +14,7 @@ from tests.conftest import loud
 from tests.rankings import write_set
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def words() -> PreTrainedTokenizerFast:
     """Byte-level BPE, as Qwen's; yes and no are one token each."""
     raw = Tokenizer(models.BPE())

@@ -1,10 +1,20 @@
 """Checkpoint formats: one file each, found by its name, with a ``save`` that proves what it wrote."""
 
-from finllm_prune.checkpoints.formats import FORMATS, GRAPH, LOSSY, PLUGGED, SERVED, find_format, is_served, serve
+from finllm_prune.checkpoints.formats import (
+    FORMATS,
+    GRAPH,
+    LOSSY,
+    PLUGGED,
+    SERVED,
+    find_engine,
+    find_format,
+    is_served,
+    serve,
+)
 from finllm_prune.checkpoints.manifest import exported_in
 from finllm_prune.checkpoints.proof import proved, verify, zero_counts
 
 __all__ = [
     "FORMATS", "GRAPH", "LOSSY", "PLUGGED", "SERVED",
-    "exported_in", "find_format", "is_served", "proved", "serve", "verify", "zero_counts",
+    "exported_in", "find_engine", "find_format", "is_served", "proved", "serve", "verify", "zero_counts",
 ]  # fmt: skip

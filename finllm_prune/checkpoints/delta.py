@@ -23,17 +23,18 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import finllm_prune
 from finllm_prune.checkpoints import bitmask
-from finllm_prune.checkpoints.manifest import FORMAT_VERSION, MANIFEST, read_manifest, sha256
+from finllm_prune.checkpoints.manifest import DELTA, FORMAT_VERSION, MANIFEST, damaged, read_manifest, sha256
 from finllm_prune.errors import InputError, ProofError, one_line
 from finllm_prune.staging import staged
 
-WEIGHTS = "delta.safetensors"
+WEIGHTS = DELTA
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Parts = dict[str, Tensor]
@@ -107,7 +108,11 @@ def apply(model: PreTrainedModel, folder: str | Path) -> Applied:
     manifest = read_manifest(folder)
     if manifest["format"] != "delta":
         raise InputError(f"{folder} holds a {manifest['format']} checkpoint and no delta; load it with from_pretrained")
-    wanted = manifest["base"]
+    try:
+        wanted, made = {key: str(manifest["base"][key]) for key in ("model_type", "sha256")}, dict(manifest["model"])
+        labels = [str(name) for name in made["labels"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder, error) from error
     if base_sha256(model) != wanted["sha256"]:
         raise InputError(
             f"{folder}: the model in memory is not this delta's base, a {wanted['model_type']} model with the sha256 "
@@ -119,10 +124,10 @@ def apply(model: PreTrainedModel, folder: str | Path) -> Applied:
         for name, parts in _read(folder / WEIGHTS).items():
             for where, values in _changes(parts, state[name].shape):
                 applied.replaced.append((name, where, _put(model, name, where, values)))
-        _set_labels(model, manifest["model"]["labels"])
-        if _hash(model.state_dict().items()) != manifest["model"]["sha256"]:
+        _set_labels(model, labels)
+        if _hash(model.state_dict().items()) != made.get("sha256"):
             raise ValueError("the result is not the model that it was made of")
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError, TypeError, SafetensorError) as error:
         applied.remove()
         raise ProofError(f"{folder / WEIGHTS} cannot be applied: {one_line(error)}; make the delta anew") from error
     return applied
@@ -183,6 +188,8 @@ def _put(model: PreTrainedModel, name: str, where: Tensor | None, values: Tensor
         replaced = before[where]
         before[where] = values
         return replaced
+    if values.ndim != before.ndim:  # said before anything is changed
+        raise ValueError(f"{name} has {before.ndim} axes, not {values.ndim}")
     tensor.data, tensor.grad = values, None
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

@@ -12,9 +12,9 @@ from finllm_prune.errors import InputError
 
 Save = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Path], PreTrainedModel]
 
-FORMATS = ("masked", "compact", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")
+FORMATS = ("masked", "compact", "ragged", "ragged-remote", "packed", "packed-int8", "onnx", "onnx-int8")
 SERVED = ("onnx", "onnx-int8")  # what runs without PyTorch, and loads through ``serve``
-PLUGGED = ("ragged", "packed", "packed-int8")  # what loads after ``import finllm_prune``
+PLUGGED = ("ragged", "ragged-remote", "packed", "packed-int8")  # what loads after ``import finllm_prune``
 LOSSY = ("packed-int8", "onnx-int8")  # what is another model than the one in memory
 GRAPH = "model.onnx"  # what the served formats write
 
@@ -29,6 +29,16 @@ def find_format(name: str) -> Save:
         raise InputError(f"export: unknown format '{name}'; known: {', '.join(FORMATS)}")
     save: Save = _room(name).save
     return save
+
+
+def find_engine(name: str) -> Callable[[PreTrainedModel], Callable[..., Any]]:
+    """What makes a served format of a model in memory, without tokenizer, proof or folder, to be called like the model.
+
+    Raises:
+        InputError: a package is missing that it needs.
+    """
+    engine: Callable[[PreTrainedModel], Callable[..., Any]] = _room(name).engine
+    return engine
 
 
 def serve(folder: Path, threads: int = 0) -> Callable[..., Any]:

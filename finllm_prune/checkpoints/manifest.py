@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from finllm_prune.staging import UNFINISHED
 
 MANIFEST = "finllm_prune.json"
 FORMAT_VERSION = 1
-_FOR_PEOPLE = ("", ".md", ".yaml", ".png")
+REPORT = "report.json"
+DELTA = "delta.safetensors"  # the one file of a delta, which alone has no model to be proved
+FOR_PEOPLE = ("", ".md", ".yaml", ".png")
 
 
 def write_manifest(
@@ -53,9 +56,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         hashes, version, _ = dict(manifest["sha256"]), int(manifest["format_version"]), manifest["format"]
+        refuse_outside(hashes)
+        for path in folder.glob("*.index.json"):
+            refuse_outside(set(json.loads(path.read_text())["weight_map"].values()), hashes)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} holds no {MANIFEST}: it is not a checkpoint that finllm-prune exported") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         raise damaged(folder, error) from error
     if version > FORMAT_VERSION:
         raise ProofError(
@@ -65,19 +71,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, expected in hashes.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ProofError(f"{folder / name} is missing or is not the file that was proved; export it anew")
-    known = {*hashes, MANIFEST}
+    known = {*hashes, MANIFEST, REPORT}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in known and path.suffix not in _FOR_PEOPLE:
+        if path.is_file() and path.name not in known and path.suffix not in FOR_PEOPLE:
             raise ProofError(
                 f"{path} is not a file that was proved, and a loader may read it; remove it, or export anew"
             )
     return manifest
 
 
+def refuse_outside(names: Iterable[Any], known: Container[Any] | None = None) -> None:
+    """Raise ValueError where a file tells of one that lies in another folder, or is none of the ``known``."""
+    for name in names:
+        plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name
+        if not plain or (known is not None and name not in known):
+            raise ValueError(f"{name!r} is no file of this folder")
+
+
 def exported_in(folder: Path) -> list[Path]:
-    """The exported checkpoints directly in a folder, as in the output of a run; without any, the folder itself."""
-    inside = sorted(folder.iterdir()) if folder.is_dir() and not (folder / MANIFEST).is_file() else []
-    return [path for path in inside if (path / MANIFEST).is_file() and path.suffix not in UNFINISHED] or [folder]
+    """The exported checkpoints of a folder: itself, and those directly in it, as in the output of a run or a pushed repository.
+
+    Without any, the folder itself.
+    """
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in (folder, *inside) if (path / MANIFEST).is_file() and path.suffix not in UNFINISHED]
+    return found or [folder]
 
 
 def damaged(folder: Path, error: Exception) -> ProofError:

@@ -14,8 +14,9 @@ Single zeros make it no faster. Not covered: graphs above 2 GB, the limit of one
 
 import inspect
 import logging
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,6 +94,29 @@ def write_graph(
     values = probe | {"token_type_ids": torch.zeros_like(probe["input_ids"])}
     known = inspect.signature(smaller.forward).parameters
     example = {name: values[name] for name in tokenizer.model_input_names if name in known}
+    onnx.save(_graph(smaller, example), folder / GRAPH)
+    smaller.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    served = Served(folder)
+    for inputs in (probe, *_shapes(model)):
+        compare_logits(logits_of(served, inputs), logits_of(model, inputs), folder, TOLERANCE)
+
+
+def engine(model: PreTrainedModel, finish: Callable[[Path], None] = lambda _: None) -> Served:
+    """The graph of a model, to be called and measured: unproved, and without a folder.
+
+    Args:
+        finish: changes the file, as a quantizer does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / GRAPH
+        onnx.save(_graph(exportable(model), probe_of(model)), file)
+        finish(file)
+        return Served(file.parent)
+
+
+def _graph(smaller: PreTrainedModel, example: dict[str, Tensor]) -> onnx.ModelProto:
+    """With the inputs of the example; rows and tokens are free."""
     axes = {0: "batch", 1: "tokens"}
     with _quiet():
         program = torch.onnx.export(
@@ -100,16 +124,11 @@ def write_graph(
             dynamic_shapes=dict.fromkeys(example, axes), external_data=False,
         )  # fmt: skip
     assert program is not None
-    graph = program.model_proto
+    graph: onnx.ModelProto = program.model_proto
     for node in graph.graph.node:
         # Lines of this machine's Python files, with their paths: more bytes than the weights of a tiny model.
         del node.metadata_props[:]
-    onnx.save(graph, folder / GRAPH)
-    smaller.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    served = Served(folder)
-    for inputs in (probe, *_shapes(model)):
-        compare_logits(logits_of(served, inputs), logits_of(model, inputs), folder, TOLERANCE)
+    return graph
 
 
 def _shapes(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finllm_prune.checkpoints.formats import GRAPH
 from finllm_prune.checkpoints.manifest import write_manifest
 from finllm_prune.checkpoints.onnx import Served, exportable, write_graph
+from finllm_prune.checkpoints.onnx import engine as graph_engine
 from finllm_prune.checkpoints.proof import agreement, logits_of, probe_of
 from finllm_prune.errors import ProofError
 from finllm_prune.staging import staged
@@ -43,6 +44,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         measured = {"difference": difference, "agreement": agreement(got, expected)}
         write_manifest(partial, "onnx-int8", {}, probe, expected, SLACK * difference, measured)
     return smaller
+
+
+def engine(model: PreTrainedModel) -> Served:
+    """The 8-bit graph of a model, to be called and measured: unproved, and without a folder."""
+    return graph_engine(model, quantize)
 
 
 def quantize(graph: Path) -> None:

@@ -1,6 +1,6 @@
 """One matrix with zeros as three arrays: which weights are there (a bit each), their values, and a scale for 8-bit values.
 
-Numpy does the work, which is a hundred times faster than torch here.
+Numpy finds the set bits, in half of torch's time.
 """
 
 import math
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finllm_prune.checkpoints import bitmask
 from finllm_prune.errors import InputError
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE, _ALIGNED = 32 * 2**20, 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,52 @@ def pack(matrix: Tensor, int8: bool = False) -> Packed:
     return Packed(bits, steps[mask].to(torch.int8), scale)
 
 
-def unpack(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, name: str = "a matrix") -> Tensor:
+class Memory:
+    """Zeros for many matrices, cut off a few large pieces, which the system hands out in huge pages: in a quarter of the time.
+
+    A piece is freed when none of its tensors is left; each tensor has a storage of its own.
+    """
+
+    def __init__(self) -> None:
+        self._left = np.zeros(0, np.uint8)
+
+    def zeros(self, count: int, dtype: torch.dtype) -> Tensor:
+        """So many of them, in one dimension, on the CPU."""
+        size = count * dtype.itemsize
+        if size > len(self._left):
+            self._left = np.zeros(max(size, _PIECE), np.uint8)
+        taken, self._left = self._left[:size], self._left[-(-size // _ALIGNED) * _ALIGNED :]
+        return torch.from_numpy(taken).view(dtype)
+
+
+def unpack(
+    packed: Packed, shape: tuple[int, ...], dtype: torch.dtype, name: str = "a matrix", memory: Memory | None = None
+) -> Tensor:
     """The matrix again, on the CPU.
+
+    Args:
+        memory: where many matrices are to lie.
 
     Raises:
         InputError: the parts are not those of one matrix of this shape.
     """
     check(packed, shape, name)
-    mask, values = bitmask.unpack(packed.bitmask, shape).numpy(), packed.values
+    places, values = _places(packed), packed.values
     if packed.scale is not None:
-        in_rows = mask.view(np.uint8).sum(1, dtype=np.uint32)  # a third of the time of count_nonzero
+        in_rows = np.diff(np.searchsorted(places, np.arange(shape[0] + 1) * shape[1]))
         values = values.float() * torch.from_numpy(np.repeat(packed.scale.numpy(), in_rows))
-    # As integers of the same width, for numpy knows no bfloat16.
-    bits = values.to(dtype).contiguous().view(_BITS[dtype.itemsize]).numpy()
-    flat = np.zeros(mask.size, bits.dtype)
-    np.place(flat, mask.reshape(-1), bits)  # a third faster than an assignment
-    return torch.from_numpy(flat).view(dtype).view(shape)
+    flat = (memory or Memory()).zeros(math.prod(shape), dtype)
+    return flat.index_copy_(0, torch.from_numpy(places), values.to(dtype)).view(shape)
+
+
+def _places(packed: Packed) -> NDArray[np.int64]:
+    """Of the values in the flat matrix.
+
+    Set bits behind the mask keep numpy from its way for less than a tenth of them, which takes three times as long.
+    """
+    bits = packed.bitmask.numpy()
+    more = np.concatenate([bits, np.full(len(bits) // 8, 255, np.uint8)])
+    return np.flatnonzero(np.unpackbits(more, bitorder="little").view(bool))[: len(packed.values)]
 
 
 def check(packed: Packed, shape: tuple[int, ...], name: str) -> None:

@@ -22,12 +22,14 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finllm_prune.checkpoints.packing import Packed, check, unpack
+from finllm_prune.checkpoints.packing import Memory, Packed, unpack
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Cut, Family, cut_in_place, find_architecture, find_family, keep, tell_heads
 
 METHOD, VERSION = "finllm_prune", 1
 WEIGHTS, LURE = "finllm_prune.safetensors", "first_import_finllm_prune.safetensors"
+REMOTE_LURE = "first_import_finllm_prune_or_set_trust_remote_code.safetensors"
+NARROWED = "narrowed"  # the config's key for the code of ragged-remote
 PARTS = ("bitmask", "values", "scale")
 
 
@@ -73,7 +75,7 @@ class PrunedQuantizer(HfQuantizer):
         """The hook that sees the config before any file is looked for."""
         if self.quantization_config.per_layer_config:
             find_family(config.model_type)
-        if getattr(config, "transformers_weights", None) == LURE:
+        if getattr(config, "transformers_weights", None) in (LURE, REMOTE_LURE):
             config.transformers_weights = WEIGHTS
         return config
 
@@ -82,7 +84,7 @@ class PrunedQuantizer(HfQuantizer):
     ) -> None:
         if self.quantization_config.per_layer_config:
             build(model, self.quantization_config.per_layer_config)
-        _check_files(model, checkpoint_files or [], self.quantization_config.packed)
+        _check_files(checkpoint_files or [], self.quantization_config.packed)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Packed parts -> the matrix."""
@@ -90,11 +92,14 @@ class PrunedQuantizer(HfQuantizer):
             return []
         return [Unpacking([f"weight_{part}" for part in PARTS], "weight", [Unpack()], force_cpu=True)]
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Nothing to do: parameters keep their names."""
+
     def postprocess_model(self, model: PreTrainedModel, **_: Any) -> None:
         """Leave a plain model; of this format only the widths stay in its config."""
         self.remove_quantization_config(model)
-        if hasattr(model.config, "transformers_weights"):
-            del model.config.transformers_weights
+        for key in ("transformers_weights", *(("auto_map", NARROWED) if hasattr(model.config, NARROWED) else ())):
+            vars(model.config).pop(key, None)
         if per_layer := self.quantization_config.per_layer_config:
             model.config.quantization_config = PrunedConfig(VERSION, per_layer).to_dict()
         # Else save_pretrained would try to pack every weight.
@@ -110,9 +115,15 @@ class PrunedQuantizer(HfQuantizer):
 
 
 class Unpacking(WeightConverter):
-    """transformers copies its conversions for each matrix, deeply, which a profile of a load shows first."""
+    """Of one matrix."""
+
+    def convert(self, layer_name: str, model: Any = None, *_: Any, **__: Any) -> dict[str, list[Tensor]]:
+        """Past what collects the errors of operations, and reports them at length."""
+        (unpacking,) = self.operations
+        return unpacking.convert(self.materialize_tensors(), [], [], full_layer_name=layer_name, model=model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Unpacking":
+        """transformers copies its conversions for each matrix, deeply, which a profile of a load shows first."""
         new = copy.copy(self)
         new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
         return new
@@ -123,13 +134,19 @@ class Unpack(ConversionOps):
 
     hf_quantizer = True  # by which transformers knows not to cast
 
+    def __init__(self) -> None:
+        self.memory = Memory()
+
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, list[Tensor]]:
+        """Raises InputError where the parts are not those of the matrix."""
         name: str = kwargs["full_layer_name"]
         parameter = kwargs["model"].get_parameter(name)
         parts = {pattern.rpartition("_")[2]: tensors[0] for pattern, tensors in input_dict.items()}
-        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name)]}
+        if "bitmask" not in parts or "values" not in parts:
+            raise InputError(f"{name}: a part of this packed matrix is missing; export or download it anew")
+        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name, self.memory)]}
 
 
 def widths(model: PreTrainedModel) -> dict[str, dict[str, int]]:
@@ -205,32 +222,16 @@ def _named(model: PreTrainedModel, family: Family, heads: int, neurons: int) -> 
     return named
 
 
-def _check_files(model: PreTrainedModel, files: list[str], packed: int) -> None:
-    """Raise InputError where a file is damaged: transformers would say so at length, or not at all."""
+def _check_files(files: list[str], packed: int) -> None:
+    """Raise InputError where a file is cut off, or a matrix lost all its parts: transformers would say so at length."""
     found = 0
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                for stem in (name.removesuffix("_bitmask") for name in names if name.endswith("weight_bitmask")):
-                    found += 1
-                    parts = {part: file.get_tensor(f"{stem}_{part}") for part in PARTS if f"{stem}_{part}" in names}
-                    if (shape := _shape(model, stem)) is not None:
-                        check(Packed(**parts), shape, f"{Path(path).name}: {stem}")
-        except (SafetensorError, OSError, TypeError) as error:
+                found += sum(name.endswith("weight_bitmask") for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is missing or damaged ({one_line(error)}); export or download it anew") from error
     if files and found != packed:
         raise InputError(
             f"{files[0]} holds {found} packed matrices, but config.json tells of {packed}; export or download it anew"
         )
-
-
-def _shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
-    """Of a parameter that a checkpoint of the model's class, of its base or of one with a head names so."""
-    prefix = f"{model.base_model_prefix}."
-    for known in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            return tuple(model.get_parameter(known).shape)
-        except AttributeError:
-            continue
-    return None

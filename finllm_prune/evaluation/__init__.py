@@ -1,6 +1,6 @@
 """Evaluation: quality, latency, sparsity, the frozen report and its figures."""
 
-from finllm_prune.evaluation.latency import Latency, alternate, cpu_threads, measure, on_cpu, token_ids
+from finllm_prune.evaluation.latency import Engine, Latency, alternate, cpu_threads, measure, on_cpu, token_ids
 from finllm_prune.evaluation.latency_table import LatencyTable, measured_table
 from finllm_prune.evaluation.quality import Quality, compare
 from finllm_prune.evaluation.report import GATES, Report, check_gates, first_stage_rows, quality_rows
@@ -8,7 +8,7 @@ from finllm_prune.evaluation.sparsity import layer_table, removed, weight_bytes
 from finllm_prune.evaluation.targets import Target, check_target, flops, parameter_bytes, price
 
 __all__ = [
-    "GATES", "Latency", "LatencyTable", "Quality", "Report", "Target",
+    "GATES", "Engine", "Latency", "LatencyTable", "Quality", "Report", "Target",
     "alternate", "check_gates", "check_target", "compare", "cpu_threads", "first_stage_rows", "flops", "layer_table", "measure",
     "measured_table", "on_cpu", "parameter_bytes", "price", "quality_rows", "removed", "token_ids", "weight_bytes",
 ]  # fmt: skip

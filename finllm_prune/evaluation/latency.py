@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+Engine = Callable[[PreTrainedModel], Callable[..., Any]]
+"""Makes a runtime's own form of a model, which is called like it."""
+
 # Threads of the engine before may spin on for so many seconds.
 REST = 0.005
 
@@ -38,7 +41,7 @@ class Latency:
 
 def measure(
     dense: Callable[..., Any], small: Callable[..., Any], batch: int, tokens: int = 64, rounds: int = 20,
-    vocabulary: int | None = None,
+    vocabulary: int | None = None, engine: Callable[..., Callable[..., Any]] | None = None,
 ) -> Latency:  # fmt: skip
     """Forward passes of random token ids, dense and small in turn.
 
@@ -47,9 +50,11 @@ def measure(
         batch, tokens: the shape of the input.
         rounds: how many pairs are counted.
         vocabulary: ids that both know; None takes those of ``dense``, a model.
+        engine: what makes of both what is run; None is ``on_cpu``.
     """
+    engine = engine or on_cpu
     inputs = token_ids(vocabulary or dense.config.vocab_size, batch, tokens)  # type: ignore[attr-defined]
-    times = alternate({"dense": on_cpu(dense), "small": on_cpu(small)}, inputs, rounds)
+    times = alternate({"dense": engine(dense), "small": engine(small)}, inputs, rounds)
     first, second = times["dense"], times["small"]
     return Latency(
         batch=batch,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from sklearn.isotonic import isotonic_regression
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from finllm_prune.evaluation.latency import measure
+from finllm_prune.evaluation.latency import Engine, measure, on_cpu
 from finllm_prune.families import alive, find_family, narrow
 from finllm_prune.families.shrinking import PARTS
 
 CACHE = Path(HF_HOME) / "finllm_prune"
 _STEPS = {"attention": (0.0, 0.25, 0.5, 0.75, 1.0), "mlp": (0.0, 0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)}
+# Each width of another runtime is a graph of its own, which takes seconds to make.
+_FEW_STEPS = {"attention": (0.0, 0.5, 1.0), "mlp": (0.0, 0.125, 0.25, 0.5, 1.0)}
 _KERNEL = 8  # matrix kernels work on that many columns at a time: neurons between two multiples cost no time
 _ROUNDS = 16
 
@@ -78,9 +81,10 @@ def _rising(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def measured_table(
-    dense: PreTrainedModel, model: PreTrainedModel, batch: int, tokens: int, parts: set[str]
-) -> LatencyTable:
-    """The table of this machine, model shape, input shape and number of threads; measured where it is not known yet.
+    dense: PreTrainedModel, model: PreTrainedModel, batch: int, tokens: int, parts: set[str],
+    runtime: str = "torch", engine: Engine = on_cpu,
+) -> LatencyTable:  # fmt: skip
+    """The table of this machine, runtime, model shape, input shape and number of threads; measured where it is not known yet.
 
     Whole models are timed, in turn with the dense one, because weights that come from memory cost more than those of a block
     that runs alone. The first rank measures for all.
@@ -90,19 +94,20 @@ def measured_table(
         model: what is narrowed.
         batch, tokens: the shape of the input.
         parts: what may be narrowed: "attention", "mlp".
+        runtime: its name, and what makes of a model what it runs; the dense one runs in it too.
     """
     family = find_family(model.config.model_type)
-    widths = []
+    widths, steps = [], _STEPS if runtime == "torch" else _FEW_STEPS
     for part in PARTS:
         units = len(alive(model, family, part, 0))
-        widths.append(sorted({max(1, round(step * units)) for step in _STEPS[part]}) if part in parts else [units])
+        widths.append(sorted({max(1, round(step * units)) for step in steps[part]}) if part in parts else [units])
     values = torch.zeros(1 + len(widths[0]) * len(widths[1]))
     if PartialState().is_main_process:
-        key = _key(dense, model, batch, tokens, widths)
+        key = _key(dense, model, batch, tokens, widths, runtime)
         file = CACHE / f"{model.config.model_type}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
         table = _read(file)
         if table is None:
-            table = _measure(dense, model, batch, tokens, widths[0], widths[1])
+            table = _measure(dense, model, batch, tokens, widths[0], widths[1], engine)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"of": key, **asdict(table)}, indent=1) + "\n")
         values = torch.tensor([table.dense_ms, *np.ravel(table.ratios)])
@@ -112,15 +117,19 @@ def measured_table(
 
 
 def _measure(
-    dense: PreTrainedModel, model: PreTrainedModel, batch: int, tokens: int, heads: list[int], neurons: list[int]
-) -> LatencyTable:
+    dense: PreTrainedModel, model: PreTrainedModel, batch: int, tokens: int, heads: list[int], neurons: list[int],
+    engine: Engine,
+) -> LatencyTable:  # fmt: skip
     blocks = len(find_family(model.config.model_type).layers(model))
     ratios, times = np.zeros((len(heads), len(neurons))), []
+    whole = engine(dense)
     cells = [(i, j) for i in range(len(heads)) for j in range(len(neurons))]
     for i, j in tqdm(cells, desc="latency table", leave=False, disable=None):
         small = narrow(model, {"attention": [heads[i]] * blocks, "mlp": [neurons[j]] * blocks})
-        found = measure(dense, small, batch, tokens, _ROUNDS)
         same = small.num_parameters() == dense.num_parameters()
+        found = measure(
+            dense, dense if same else small, batch, tokens, _ROUNDS, engine=lambda m: whole if m is dense else engine(m)
+        )
         ratios[i, j] = 1.0 if same else found.ratio
         times.append(found.dense_ms)
     return LatencyTable(heads, neurons, ratios.tolist(), float(np.median(times)))
@@ -136,14 +145,14 @@ def _read(file: Path) -> LatencyTable | None:
 
 
 def _key(
-    dense: PreTrainedModel, model: PreTrainedModel, batch: int, tokens: int, widths: list[list[int]]
+    dense: PreTrainedModel, model: PreTrainedModel, batch: int, tokens: int, widths: list[list[int]], runtime: str
 ) -> dict[str, Any]:
     shapes = [[list(parameter.shape) for parameter in m.parameters()] for m in (dense, model)]
     return {
         "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(), "attention": model.config._attn_implementation,
-        "batch": batch, "tokens": tokens, "threads": torch.get_num_threads(), "runtime": "torch", "dtype": "float32",
+        "batch": batch, "tokens": tokens, "threads": torch.get_num_threads(), "runtime": runtime, "dtype": "float32",
         "torch": torch.__version__, "processor": _processor(), "widths": widths, "rounds": _ROUNDS,
-    }  # fmt: skip
+    } | ({} if runtime == "torch" else {"onnxruntime": version("onnxruntime")})  # fmt: skip
 
 
 def _processor() -> str:

@@ -13,9 +13,8 @@ _BETTER = (
     "accuracy", "macro_f1", "micro_f1", "mcc", "top3_accuracy", "pearson", "spearman", "r2", "ndcg_at_10", "mrr_at_10", "map",
     "recall_at_10",
 )  # fmt: skip
-GATES = {"agreement": "min", "latency_ratio": "max"}
-GATES |= {name: way for names, way in ((_BETTER, "min"), (ERRORS, "max")) for name in names}
-GATES |= {f"{name}_retention": way for name, way in GATES.items() if name in (*_BETTER, *ERRORS)}
+GATES = dict.fromkeys(_BETTER, "min") | dict.fromkeys(ERRORS, "max")
+GATES |= {f"{name}_retention": way for name, way in GATES.items()} | {"agreement": "min", "latency_ratio": "max"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,10 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
         )
         out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
         what = "part of the dense model's" if name in ERRORS else "retention of"
-        out.append((f"  {what} {_TITLES.get(name, name)}", "", f"{quality.retention[name]:.1%}"))
+        part = (
+            f"{quality.retention[name]:.1%}" if value["dense"] > 0 else "–"
+        )  # of a correlation below 0 it says nothing
+        out.append((f"  {what} {_TITLES.get(name, name)}", "", part))
     same = "same passage first" if quality.unit == "query" else "same prediction"
     out.append((f"{same} (agreement)", "", f"{quality.agreement:.1%}"))
     names = " / ".join(name.replace("_to_", "→").replace("_", " ") for name in quality.flips)

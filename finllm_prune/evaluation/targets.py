@@ -12,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
-from finllm_prune.evaluation.latency import cpu_threads, measure
+from finllm_prune.evaluation.latency import Engine, cpu_threads, measure, on_cpu
 from finllm_prune.evaluation.latency_table import equal_blocks, measured_table
 from finllm_prune.families import Family, find_family, narrow, shrink, without_effect
 from finllm_prune.families.shrinking import PARTS
 from finllm_prune.pruning import Costs, Group
 
 KINDS = ("latency", "size", "flops")
+RUNTIMES = ("torch", "onnx", "onnx-int8")
 TOLERANCE = 0.05
 
 
@@ -32,7 +33,7 @@ class Target:
         flops: of the matrix products of a forward pass.
         batch, tokens: the shape of the input.
         threads: of the CPU; None takes torch's default.
-        runtime: what runs the model; "torch".
+        runtime: what runs both models: "torch", or onnxruntime with graphs as the formats "onnx" and "onnx-int8" write them.
     """
 
     latency: float | None = None
@@ -53,8 +54,10 @@ class Target:
             )
         if min(self.batch, self.tokens, self.threads or 1) < 1:
             raise InputError("pruning.target: batch, tokens and threads must be at least 1")
-        if self.runtime != "torch":
-            raise InputError(f"pruning.target.runtime: '{self.runtime}' cannot be measured yet; use torch")
+        if self.runtime not in RUNTIMES:
+            raise InputError(f"pruning.target.runtime: unknown '{self.runtime}'; known: {', '.join(RUNTIMES)}")
+        if self.runtime != "torch" and self.kind != "latency":
+            raise InputError(f"pruning.target.runtime: {self.kind} is the same in each runtime; remove the key")
 
     @property
     def kind(self) -> str:
@@ -69,13 +72,16 @@ class Target:
         return abs(kept / self.ratio - 1.0) <= TOLERANCE
 
 
-def price(target: Target, dense: PreTrainedModel, model: PreTrainedModel, groups: list[Group]) -> Costs:
+def price(
+    target: Target, dense: PreTrainedModel, model: PreTrainedModel, groups: list[Group], engine: Engine = on_cpu
+) -> Costs:
     """The costs of all groups that have no sparsity of their own, as parts of the dense model's cost.
 
     Args:
         dense: what the target is relative to.
         model: what is pruned; it may have fewer blocks.
         groups: of all rules, on ``model``.
+        engine: what makes of a model what the target's runtime runs.
 
     Raises:
         InputError: the target cannot be reached, with the lowest that can.
@@ -83,7 +89,7 @@ def price(target: Target, dense: PreTrainedModel, model: PreTrainedModel, groups
     open_groups = [group for group in groups if group.rule.sparsity is None]
     family = find_family(model.config.model_type)
     if target.kind == "latency":
-        costs = _by_latency(target, dense, model, family, open_groups)
+        costs = _by_latency(target, dense, model, family, open_groups, engine)
     else:
         count = parameter_bytes if target.kind == "size" else _flops_of(target.tokens)
         costs = _by_count(target, count, dense, model, family, open_groups)
@@ -101,17 +107,19 @@ def price(target: Target, dense: PreTrainedModel, model: PreTrainedModel, groups
 
 
 def check_target(
-    target: Target, costs: Costs, dense: PreTrainedModel, pruned: PreTrainedModel, kept: dict[str, int]
-) -> dict[str, Any]:
+    target: Target, costs: Costs, dense: PreTrainedModel, pruned: PreTrainedModel, kept: dict[str, int],
+    engine: Engine = on_cpu,
+) -> dict[str, Any]:  # fmt: skip
     """The model without what has no effect, held against the target: asked, predicted, measured, met.
 
     Args:
         kept: units per group, for the prediction.
+        engine: as in ``price``.
     """
     small = shrink(pruned, without_effect(pruned))
     if target.kind == "latency":
         with cpu_threads(target.threads):
-            found = measure(dense, small, target.batch, target.tokens, rounds=40)
+            found = measure(dense, small, target.batch, target.tokens, rounds=40, engine=engine)
         measured, shape = found.ratio, {"batch": found.batch, "tokens": found.tokens, "threads": found.threads}
         shape |= {"runtime": target.runtime}  # type: ignore[dict-item]
     else:
@@ -163,7 +171,7 @@ def _by_count(
 
 
 def _by_latency(
-    target: Target, dense: PreTrainedModel, model: PreTrainedModel, family: Family, groups: list[Group]
+    target: Target, dense: PreTrainedModel, model: PreTrainedModel, family: Family, groups: list[Group], engine: Engine
 ) -> Costs:
     """The measured table, and two slices of it through the widths at which equal blocks meet the target.
 
@@ -171,7 +179,8 @@ def _by_latency(
     """
     parts = {str(group.rule.structure.couples) for group in groups}
     with cpu_threads(target.threads):
-        surface = measured_table(dense, model, target.batch, target.tokens, parts).surface()
+        table = measured_table(dense, model, target.batch, target.tokens, parts, target.runtime, engine)
+    surface = table.surface()
     heads, neurons = equal_blocks(surface, target.ratio)
     rest = surface[heads, neurons]
     tables: dict[str, Tensor] = {}

@@ -80,7 +80,7 @@ class Family(Architecture):
         heads = 1
         if part == "attention":
             heads = _linear(model, f"{prefix}.{declared.output}").in_features // self.head_width(model.config)
-        names = {name for name, _ in layers[block].named_modules()}
+        names = {name for name, _ in layers[block].named_modules()} if declared.optional else set()
         inputs = (*declared.inputs, *(path for path in declared.optional if path in names))
         output = Site(f"{prefix}.{declared.output}", 1, 1, heads, block, len(layers))
         return [*(replace(output, path=f"{prefix}.{path}", axis=0, fused=declared.fused) for path in inputs), output]

@@ -1,1 +1,1 @@
-"""The Hub: where base models come from, and the card of what goes there."""
+"""The Hub: where base models come from, what goes there and how, and its card."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from finllm_prune.checkpoints import is_served
 from finllm_prune.checkpoints.manifest import sha256
 from finllm_prune.errors import InputError
+from finllm_prune.hub.faults import UNREACHABLE
 
 logger = logging.getLogger(__name__)
 
@@ -74,27 +75,13 @@ def locate(name: str, key: str = "model", *, served: bool = False) -> tuple[str,
                     "with `hf auth login` if it is private or gated"
                 ) from error
             logger.info("The Hub did not answer for %s: %s", name, error)
-        except _UNREACHABLE as error:
+        except UNREACHABLE as error:
             logger.info("The Hub cannot be reached: %s", error)
     if isinstance(cached, str):
         return name, f"Hugging Face cache of {name}"
     if name in PACKAGED:
         return _from_package(name, PACKAGED[name])
     raise InputError(f"{key}: the Hub cannot be reached and '{name}' is not in its cache; name a local folder")
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP client of the installed huggingface_hub raises: requests, httpx or httpx2, by version."""
-    found: list[type[Exception]] = []
-    for client, error in (("httpx2", "TransportError"), ("httpx", "TransportError"), ("requests", "RequestException")):
-        try:
-            found.append(getattr(importlib.import_module(client), error))
-        except ImportError:
-            continue
-    return tuple(found)
-
-
-_UNREACHABLE: tuple[type[Exception], ...] = (OSError, OfflineModeIsEnabled, *_connection_errors())
 
 
 def _from_package(name: str, packaged: Packaged) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """The model card, written from the report: measured values only."""
 
+import html
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
     card = ModelCard.from_template(
         _metadata(report, folder.name),
         template_path=str(_TEMPLATE),
-        title=folder.name.removesuffix(".partial"),
-        rows=report.rows(),
-        report=report.to_dict(),
+        title=inert(folder.name.removesuffix(".partial")),
+        rows=inert(report.rows()),
+        report=inert(report.to_dict()),
         verdict=_verdict(report),
-        base_model=_linked(run["base_model"]["name"]),
+        base_model=_linked(inert(run["base_model"]["name"])),
         keep_layers=run["recipe"]["model"]["keep_layers"],
-        rules=run["recipe"]["pruning"]["rules"],
+        rules=inert(run["recipe"]["pruning"]["rules"]),
         schedule=run["recipe"]["pruning"]["schedule"],
         oneshot=run["recipe"]["pruning"]["oneshot"],
         distillation=run["recipe"]["distillation"],
@@ -52,6 +53,15 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         shutil.copy(folder / "README.md", folder / name / "README.md")
         shutil.copy(folder / "recipe.yaml", folder / name / "recipe.yaml")
         shutil.copytree(folder / "plots", folder / name / "plots", dirs_exist_ok=True)
+
+
+def inert(value: Any) -> Any:
+    """Plain data whose texts are shown as they are, in a table too: labels and names of files come from others."""
+    if isinstance(value, dict):
+        return {inert(key): inert(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [inert(item) for item in value]
+    return " ".join(html.escape(value).replace("|", "&#124;").splitlines()) if isinstance(value, str) else value
 
 
 def _metadata(report: Report, name: str) -> ModelCardData:

@@ -19,9 +19,10 @@ from finllm_prune.pruning.criteria import (
 from finllm_prune.pruning.filling import refuse_unfillable
 from finllm_prune.pruning.groups import Group, Rule, Slot, give_densities
 from finllm_prune.pruning.oneshot import ONESHOT, Calibrated, OneShot, SparseGPT, Wanda, pattern_of, refuse_unfit
-from finllm_prune.pruning.pruner import Pruner, refuse_overlap
+from finllm_prune.pruning.pruner import Pruner, not_finite, refuse_overlap, refuse_unsplittable
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
+from finllm_prune.pruning.sharding import here, mesh_of, sampled, split_mesh, total
 from finllm_prune.pruning.structures import NM, STRUCTURES, Block, Head, Layer, Neuron, Site, Structure, Unstructured
 from finllm_prune.pruning.targets import Costs, equal_widths, spread
 
@@ -31,5 +32,6 @@ __all__ = [
     "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner",
     "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
     "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
-    "equal_widths", "give_densities", "pattern_of", "refuse_overlap", "refuse_unfillable", "refuse_unfit", "spread",
+    "equal_widths", "give_densities", "here", "mesh_of", "not_finite", "pattern_of", "refuse_overlap", "refuse_unfillable",
+    "refuse_unfit", "refuse_unsplittable", "sampled", "split_mesh", "spread", "total",
 ]  # fmt: skip

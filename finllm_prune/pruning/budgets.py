@@ -1,13 +1,17 @@
 """How a budget is shared among the matrices of a rule, and the search for the score threshold that meets it."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from finllm_prune.errors import InputError
+from finllm_prune.pruning.sharding import here, joined, like, mesh_of, total
 
 _BINS = 4096
 _FEW = 1 << 17
@@ -19,34 +23,57 @@ def kth_largest(scores: list[Tensor], k: int) -> Tensor:
     """The exact k-th largest value over all tensors, by a bracket search: no full sort and no concatenation.
 
     A strided sample gives the first bracket, histograms narrow it while it holds many values. Both only steer the search:
-    what lies above the bracket is counted by comparison, so the value is exact, and the same on any device.
+    what lies above the bracket is counted by comparison, so the value is exact, and the same on any device. Where the
+    tensors are split among ranks, these add up their counts: one all-reduce for each histogram.
 
     Args:
         scores: finite fp32 tensors of any shape.
         k: 1 <= k <= the number of all values.
     """
-    flat = [s.reshape(-1) for s in scores]
-    total = sum(s.numel() for s in flat)
-    bounds = [torch.aminmax(s) for s in flat]
-    low = min(float(b.min) for b in bounds)
-    high = max(float(b.max) for b in bounds)
-    above, inside = 0, total
-    propose = _by_sample
+    mesh = mesh_of(scores)
+    flat = [here(s).reshape(-1) for s in scores]
+    whole = sum(s.numel() for s in scores)
+    low, high = _range(flat, mesh)
+    above, inside = 0, whole
+    propose = _by_sample if mesh is None else _by_histogram
     while inside > _FEW and low < high:
-        tight_low, tight_high = propose(flat, k, above, low, high)
-        tight_above = sum(int(torch.count_nonzero(s > tight_high)) for s in flat)
-        tight_inside = sum(int(torch.count_nonzero(s >= tight_low)) for s in flat) - tight_above
+        tight_low, tight_high = propose(flat, mesh, k, above, low, high)
+        tight_above, reached = _count(flat, mesh, lambda s: (s > tight_high, s >= tight_low))  # noqa: B023
+        tight_inside = reached - tight_above
         holds = tight_above < k <= tight_above + tight_inside
         if holds and tight_inside < inside:
             low, high, above, inside = tight_low, tight_high, tight_above, tight_inside
         elif propose is _by_histogram:
             break
         propose = _by_histogram
-    rest = torch.cat([s[(s >= low) & (s <= high)] for s in flat])
+    rest = joined(torch.cat([s[(s >= low) & (s <= high)] for s in flat]), mesh, -math.inf)
     return rest.kthvalue(rest.numel() - (k - above) + 1).values
 
 
-def _by_sample(flat: list[Tensor], k: int, above: int, low: float, high: float) -> tuple[float, float]:
+def bounds(score: Tensor) -> tuple[float, float]:
+    """The lowest and the highest value, on all ranks; both infinite where there is a NaN."""
+    return _range([here(score).reshape(-1)], mesh_of([score]))
+
+
+def _range(flat: list[Tensor], mesh: DeviceMesh | None) -> tuple[float, float]:
+    found = [torch.aminmax(s) for s in flat if s.numel()]  # a rank may hold no row of a small matrix
+    ends = [torch.stack([-pair.min, pair.max]) for pair in found] or [flat[0].new_full((2,), -math.inf)]
+    highest = torch.stack(ends).amax(0)
+    # A maximum over ranks may lose a NaN.
+    low, high = total(torch.where(highest.isnan(), math.inf, highest), mesh, dist.ReduceOp.MAX).tolist()
+    return -low, high
+
+
+def _count(flat: list[Tensor], mesh: DeviceMesh | None, which: Callable[[Tensor], Iterable[Tensor]]) -> list[int]:
+    """How many values of all tensors are True in each of the masks that ``which`` makes of a tensor."""
+    counts = torch.stack([torch.stack([torch.count_nonzero(mask) for mask in which(s)]) for s in flat]).sum(0)
+    found: list[int] = total(counts, mesh).tolist()
+    return found
+
+
+def _by_sample(
+    flat: list[Tensor], mesh: DeviceMesh | None, k: int, above: int, low: float, high: float
+) -> tuple[float, float]:
     """A bracket around the k-th largest of a strided sample, four standard errors wide on either side."""
     sample = torch.cat([s[::_STRIDE] for s in flat]).sort(descending=True).values
     n = sample.numel()
@@ -56,9 +83,11 @@ def _by_sample(flat: list[Tensor], k: int, above: int, low: float, high: float) 
     return (low if last >= n else float(sample[last]), high if first < 0 else float(sample[first]))
 
 
-def _by_histogram(flat: list[Tensor], k: int, above: int, low: float, high: float) -> tuple[float, float]:
+def _by_histogram(
+    flat: list[Tensor], mesh: DeviceMesh | None, k: int, above: int, low: float, high: float
+) -> tuple[float, float]:
     """The bin of [low, high] that holds the k-th largest, with one bin of slack on either side for rounding."""
-    counts = torch.stack([torch.histc(s, _BINS, low, high) for s in flat]).double().sum(0)
+    counts = total(torch.stack([torch.histc(s, _BINS, low, high) for s in flat]).double().sum(0), mesh)
     from_top = counts.flip(0).cumsum(0)
     place = _BINS - 1 - int(torch.searchsorted(from_top, float(k - above)))
     width = (high - low) / _BINS
@@ -68,22 +97,31 @@ def _by_histogram(flat: list[Tensor], k: int, above: int, low: float, high: floa
 def select(scores: list[Tensor], k: int) -> list[Tensor]:
     """Masks that keep exactly the k highest scores over all tensors; ties go to the lower index."""
     threshold = kth_largest(scores, k)
-    masks = [s >= threshold for s in scores]
-    excess = sum(int(torch.count_nonzero(m)) for m in masks) - k
+    masks = [here(s) >= threshold for s in scores]
+    excess = _count(masks, mesh_of(scores), lambda mask: (mask,))[0] - k
     for score, mask in zip(reversed(scores), reversed(masks), strict=True):
         if excess == 0:
             break
-        ties = (score.reshape(-1) == threshold).nonzero().squeeze(1)[-excess:]
-        mask.view(-1)[ties] = False
-        excess -= ties.numel()
-    return masks
+        ties = (here(score).reshape(-1) == threshold).nonzero().squeeze(1)
+        mesh = mesh_of([score])
+        held = joined(torch.tensor([ties.numel()], device=ties.device), mesh, 0).tolist()
+        behind = 0 if mesh is None else sum(held[mesh.get_local_rank() + 1 :])
+        mine = min(max(0, excess - behind), ties.numel())
+        mask.view(-1)[ties[ties.numel() - mine :]] = False
+        excess -= min(excess, sum(held))
+    return [like(mask, score) for mask, score in zip(masks, scores, strict=True)]
+
+
+def kept(mask: Tensor) -> int:
+    """How many units of a mask are True, on all ranks."""
+    return _count([here(mask)], mesh_of([mask]), lambda part: (part,))[0]
 
 
 class Budget(Protocol):
     """A way to share one density among the score grids of a rule. At least one unit of each grid is kept."""
 
     def share(self, scores: list[Tensor], density: float) -> list[Tensor]:
-        """Score grids (fp32, high = keep) -> boolean masks of the same shapes."""
+        """Score grids (fp32, high = keep) -> boolean masks of the same shapes, split among ranks where the scores are."""
         ...
 
 
@@ -136,14 +174,13 @@ class Global:
         ]
         keep = max(sum(least), round(density * sum(s.numel() for s in scores)))
         masks = select(scores, keep)
-        kept = [int(mask.sum()) for mask in masks]
-        if all(low <= k <= high for low, k, high in zip(least, kept, most, strict=True)):
+        if all(low <= kept(mask) <= high for low, mask, high in zip(least, masks, most, strict=True)):
             return masks
         # Every grid's best units, up to the floor, come before all others; those beyond the ceiling after all others.
-        bounds = [torch.aminmax(s) for s in scores]
-        span = 1.0 + max(float(b.max) for b in bounds) - min(float(b.min) for b in bounds)
+        ends = [bounds(s) for s in scores]
+        span = 1.0 + max(high for _, high in ends) - min(low for low, _ in ends)
         contest = [
-            s + 2.0 * span * (select([s], low)[0].float() - (~select([s], high)[0]).float())
+            like(here(s) + 2.0 * span * (here(select([s], low)[0]).float() - (~here(select([s], high)[0])).float()), s)
             for s, low, high in zip(scores, least, most, strict=True)
         ]
         return select(contest, keep)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finllm_prune.errors import InputError
 from finllm_prune.pruning.criteria import SecondOrder
-from finllm_prune.pruning.groups import Group, Rule
+from finllm_prune.pruning.groups import Group, Rule, Slot
 from finllm_prune.pruning.oneshot import pattern_of
 
 
@@ -22,12 +22,15 @@ def survivors(group: Group, pruned: Mapping[str, Tensor | None]) -> Tensor:
         group: heads or neurons, rows of their inputs and columns of their output.
         pruned: slot name -> True where the matrix's own mask has cut it, in the weight's shape; None where nowhere.
     """
-    left = [torch.zeros_like(group.mask, dtype=torch.float32) for _ in range(2)]  # weights of the inputs, of the output
-    for slot in group.slots:
-        if slot.parameter.ndim == 2:
-            cut = pruned[slot.name]
-            stays = torch.ones_like(slot.weight, dtype=torch.float32) if cut is None else (~cut).float()
-            left[slot.site.axis] += group.rule.structure.reduce(stays, slot.site)
+
+    def stays(slot: Slot) -> Tensor:
+        cut = pruned[slot.name]
+        return torch.ones_like(slot.weight, dtype=torch.float32) if cut is None else (~cut).float()
+
+    matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
+    left = [
+        group.sum(stays, [slot for slot in matrices if slot.site.axis == axis]) for axis in (0, 1)
+    ]  # inputs, output
     mask = torch.minimum(*left) > 0
     if not bool(mask.any()):
         mask[(left[0] + left[1]).argmax()] = True

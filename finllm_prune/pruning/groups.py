@@ -1,6 +1,6 @@
 """Weights that are cut by one unit grid, and the values that wait beside the model while they are cut."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +10,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Budget, Global, Sensitivity, Uniform
 from finllm_prune.pruning.criteria import Criterion, Movement
 from finllm_prune.pruning.regularizers import Regularizer
+from finllm_prune.pruning.sharding import Split, here, moved, total
 from finllm_prune.pruning.structures import NM, Head, Neuron, Site, Structure, Unstructured
 
 
@@ -84,6 +85,9 @@ class Rule:
             )
 
 
+KEPT = ("parked", "origin")  # weight-shaped tensors that a slot may hold beside its parameter
+
+
 class Slot:
     """A parameter seen as a matrix: a bias is a weight with one column, so that it goes with its row."""
 
@@ -91,6 +95,7 @@ class Slot:
         self.name = name
         self.parameter = parameter
         self.site = site
+        self.split = Split.of(parameter, name)
         self.parked: Tensor | None = None
         self.pruned: Tensor | None = None
         self.gate: Tensor | None = None
@@ -98,13 +103,28 @@ class Slot:
 
     @property
     def weight(self) -> Tensor:
-        data = self.parameter.detach()
+        """The rows that lie on this rank, which are all of them unless the model is split (FSDP2)."""
+        data = here(self.parameter).detach()
         return data if data.ndim == 2 else data.unsqueeze(1)
 
     @property
     def gradient(self) -> Tensor | None:
-        grad = self.parameter.grad
+        grad = None if self.parameter.grad is None else here(self.parameter.grad)
         return grad if grad is None or grad.ndim == 2 else grad.unsqueeze(1)
+
+    @property
+    def outline(self) -> Tensor:
+        """The shape of the whole matrix, without values."""
+        shape = self.parameter.shape
+        return torch.empty(shape if len(shape) == 2 else (*shape, 1), device="meta")
+
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Take the place of the parameter in another model, which may be split in another way."""
+        before, after = self.split, Split.of(parameter, self.name)
+        for key in KEPT:
+            if (kept := getattr(self, key)) is not None:
+                setattr(self, key, moved(kept, before, after))
+        self.parameter, self.split = parameter, after
 
 
 class Group:
@@ -119,31 +139,82 @@ class Group:
         self.name = name
         self.rule = rule
         self.slots = slots
-        shapes = {rule.structure.units(slot.weight, slot.site) for slot in slots}
+        shapes = {rule.structure.units(slot.outline, slot.site) for slot in slots}
         if len(shapes) != 1:
             raise InputError(f"{name}: its matrices do not share one unit grid ({sorted(map(tuple, shapes))})")
-        self.mask = torch.ones(shapes.pop(), dtype=torch.bool, device=slots[0].parameter.device)
-        self.cut = False
+        self.shape = shapes.pop()
+        whole = torch.ones(self.shape, dtype=torch.bool, device=slots[0].parameter.device)
+        self.mask = whole if self.split is None else self.split.part(whole)
+        self.kept = self.units
         self.gate: Tensor | None = None
         rule.criterion.check(self)
 
-    def sum(self, value: Callable[[Slot], Tensor]) -> Tensor:
-        """A weight-shaped value per slot, summed per unit over the whole group."""
-        structure = self.rule.structure
-        total = structure.reduce(value(self.slots[0]), self.slots[0].site)
-        for slot in self.slots[1:]:
-            total = total + structure.reduce(value(slot), slot.site)
-        return total
+    @property
+    def split(self) -> Split | None:
+        """How the grid is split among ranks; a grid of larger units than single weights lies whole on each."""
+        return self.slots[0].split if self.rule.structure.single else None
+
+    @property
+    def units(self) -> int:
+        """On all ranks together; ``kept`` likewise."""
+        return self.shape.numel()
+
+    @property
+    def cut(self) -> bool:
+        return self.kept < self.units
+
+    def sum(self, value: Callable[[Slot], Tensor], among: Sequence[Slot] | None = None) -> Tensor:
+        """A weight-shaped value per slot, summed per unit over the whole group (or some of its slots), on all ranks."""
+        structure, slots = self.rule.structure, self.slots if among is None else among
+        parts = [
+            structure.reduce(value(slot), slot.site)
+            if slot.split is None or structure.single
+            else structure.reduce_rows(value(slot), slot.site, slot.split.rows.start, slot.outline)
+            for slot in slots
+        ]
+        mine = parts[0]
+        for part in parts[1:]:
+            mine = mine + part
+        split = slots[0].split
+        return mine if split is None or structure.single else total(mine, split.mesh)
+
+    def expand(self, grid: Tensor, slot: Slot) -> Tensor:
+        """A grid over the rows of a slot that lie here."""
+        whole = self.rule.structure.expand(grid, slot.outline, slot.site)
+        return whole if slot.split is None or self.rule.structure.single else whole[slot.split.rows]
+
+    def spread(self, grid: Tensor) -> Tensor:
+        """The grid with what other ranks hold of it."""
+        return grid if self.split is None else self.split.spread(grid)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """What lies here of a grid that every rank has made."""
+        return whole if self.split is None else self.split.part(whole)
+
+    def whole(self, grid: Tensor) -> Tensor:
+        """The inverse of ``part``; all ranks have to join in."""
+        return grid if self.split is None else self.split.whole(grid)
 
     def set_mask(self, mask: Tensor, gate: Tensor | None = None) -> None:
         """Take a new mask; the weights follow at the next ``park``."""
         self.mask, self.gate = mask, gate
-        self.cut = not bool(mask.all())
+        self.kept = int(total(mask.count_nonzero(), None if self.split is None else self.split.mesh))
         for slot in self.slots:
-            slot.pruned = self.rule.structure.expand(~mask, slot.weight, slot.site) if self.cut else None
-            slot.gate = None
-            if gate is not None:
-                slot.gate = self.rule.structure.expand(gate.to(slot.weight.dtype), slot.weight, slot.site)
+            slot.pruned = self.expand(~mask, slot) if self.cut else None
+            slot.gate = None if gate is None else self.expand(gate.to(slot.weight.dtype), slot)
+
+    def follow(self, parameters: Mapping[str, nn.Parameter], state: dict[str, Tensor]) -> None:
+        """Go where the parameters of these names are, with mask, parked values and the criterion's state."""
+        before = self.split
+        after = Split.of(parameters[self.slots[0].name], self.name) if self.rule.structure.single else None
+        mask, gate = (None if grid is None else moved(grid, before, after) for grid in (self.mask, self.gate))
+        for key, tensor in state.items():
+            if tensor.shape == self.mask.shape:
+                state[key] = moved(tensor, before, after)
+        for slot in self.slots:
+            slot.follow(parameters[slot.name])
+        assert mask is not None
+        self.set_mask(mask, gate)
 
     def unpark(self) -> None:
         """Whole weights again: the optimizer's momentum and decay act on cut weights as on any other."""

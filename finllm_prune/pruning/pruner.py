@@ -11,8 +11,9 @@
         optimizer.zero_grad()
     pruner.finish()
 
-Not covered: sharded parameters (FSDP, DeepSpeed ZeRO) and replicas in threads (DataParallel). Under DDP the gradients are
-equal on all ranks when ``before_step`` runs, and so are the masks.
+Under DDP the gradients are equal on all ranks when ``before_step`` runs, and so are the masks. Under FSDP2 the groups are
+resolved on the model that ``fully_shard`` has split, or follow it there (``Pruner.follow``); then all ranks make each call
+together. Not covered: DeepSpeed ZeRO, FSDP1, tensor parallelism and replicas in threads (DataParallel).
 """
 
 import hashlib
@@ -21,19 +22,20 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning.budgets import Sensitivity
-from finllm_prune.pruning.criteria import State, Step
+from finllm_prune.pruning.budgets import Sensitivity, bounds
+from finllm_prune.pruning.criteria import SecondOrder, State, SteeredScores, Step
 from finllm_prune.pruning.filling import survivors
-from finllm_prune.pruning.groups import Group, Rule, give_densities
+from finllm_prune.pruning.groups import KEPT, Group, Rule, give_densities
 from finllm_prune.pruning.schedules import Schedule
+from finllm_prune.pruning.sharding import Split, here, mesh_of, total
 from finllm_prune.pruning.targets import Costs
 
 logger = logging.getLogger(__name__)
-
-_KEPT = ("parked", "origin")  # weight-shaped tensors that a slot may hold beside its parameter
 
 
 class Pruner:
@@ -62,13 +64,26 @@ class Pruner:
         self.progress = 0.0
         self.frozen = False
         self.skipped = torch.zeros((), device=groups[0].mask.device)
-        self._states: dict[str, State] = {group.name: group.rule.criterion.start(group) for group in groups}
+        self._states: dict[str, State] = {}
         self._step = Step(0.0, 0.0, torch.zeros_like(self.skipped))
 
     @property
     def groups(self) -> list[Group]:
         """What is cut now."""
         return self.stages[self.frozen]
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Go on with a model of the same parameters, by name: that which ``fully_shard`` has split, or a whole one again.
+
+        Masks, scores and parked values are then split as their weights are. All ranks have to join in.
+        """
+        parameters = dict(model.named_parameters())
+        if all(parameters[slot.name] is slot.parameter for group in self._all_groups() for slot in group.slots):
+            return
+        for group in self._all_groups():
+            group.follow(parameters, self._states.get(group.name, {}))
+        self._follow()
 
     @torch.no_grad()
     def before_step(self, progress: float, skip: Tensor | None = None) -> None:
@@ -86,7 +101,7 @@ class Pruner:
         for group in self.groups:
             if not self.frozen:
                 group.unpark()
-                group.rule.criterion.observe(group, self._states[group.name], self._step)
+                group.rule.criterion.observe(group, self._state(group), self._step)
             group.clear_gradients()
 
     @torch.no_grad()
@@ -105,7 +120,7 @@ class Pruner:
                 group.zero()
                 continue
             if self.progress > self.schedule.begin:
-                gate = group.rule.criterion.gate(group, self._states[group.name], self.progress)
+                gate = group.rule.criterion.gate(group, self._state(group), self.progress)
                 if gate is not None:
                     group.set_mask(gate > 0, gate)
             group.park()
@@ -141,18 +156,21 @@ class Pruner:
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
-        """Group name -> the scores (fp32, unit grid) of the whole weights as they are after a step; empty once frozen."""
+        """Group name -> the scores (fp32, unit grid) of the whole weights as they are after a step; empty once frozen.
+
+        Of a model that is split, the part on this rank; ``learned`` likewise.
+        """
         self._follow()
         scores: dict[str, Tensor] = {}
         for group in [] if self.frozen else self.groups:
             group.unpark()
-            scores[group.name] = group.rule.criterion.score(group, self._states[group.name])
+            scores[group.name] = group.rule.criterion.score(group, self._state(group))
             group.park()
         return scores
 
     def learned(self) -> dict[str, Tensor]:
         """Group name -> what the gradients have taught its criterion, for the groups where they do; empty once frozen."""
-        found = {} if self.frozen else {g.name: g.rule.criterion.learned(self._states[g.name]) for g in self.groups}
+        found = {} if self.frozen else {g.name: g.rule.criterion.learned(self._state(g)) for g in self.groups}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def mask_hash(self) -> str:
@@ -160,7 +178,7 @@ class Pruner:
         digest = hashlib.sha256()
         for group in self.groups:
             digest.update(group.name.encode())
-            digest.update(group.mask.cpu().numpy().tobytes())
+            digest.update(group.whole(group.mask).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def sparsity(self) -> float:
@@ -171,11 +189,14 @@ class Pruner:
             size = sum(slot.parameter.numel() for slot in matrices)
             total += size
             if group.cut:
-                cut += size * (1.0 - float(group.mask.sum()) / group.mask.numel())
+                cut += size * (1.0 - group.kept / group.units)
         return cut / total
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that an exact resume needs, as flat tensors: safetensors can hold it, nothing is pickled."""
+        """Everything that an exact resume needs, as flat tensors: safetensors can hold it, nothing is pickled.
+
+        Of a model that is split, what is split with its weights comes as DTensors, for ``torch.distributed.checkpoint``.
+        """
         state = {
             "progress": torch.tensor(self.progress, dtype=torch.float64),
             "frozen": torch.tensor(self.frozen),
@@ -184,13 +205,14 @@ class Pruner:
         if self.costs is not None:
             state |= self.costs.state()
         for group in self.groups:
-            state[f"{group.name}/mask"] = group.mask
+            state[f"{group.name}/mask"] = group.spread(group.mask)
             if group.gate is not None:
-                state[f"{group.name}/gate"] = group.gate
-            for key, tensor in self._states[group.name].items():
-                state[f"{group.name}/state/{key}"] = tensor
+                state[f"{group.name}/gate"] = group.spread(group.gate)
+            for key, tensor in self._state(group).items():
+                state[f"{group.name}/state/{key}"] = _spread(group, tensor)
             for slot in group.slots:
-                state |= {f"{slot.name}/{key}": kept for key in _KEPT if (kept := getattr(slot, key)) is not None}
+                held = {key: kept for key in KEPT if (kept := getattr(slot, key)) is not None}
+                state |= {f"{slot.name}/{key}": slot.split.spread(t) if slot.split else t for key, t in held.items()}
         for groups, budget in self._measured():
             for group, density in zip(groups, budget.densities, strict=False):  # none before the dry pass
                 state[f"{group.name}/density"] = torch.tensor(density, dtype=torch.float64)
@@ -200,7 +222,7 @@ class Pruner:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state_dict``, on the model whose weights were saved with it."""
         frozen = bool(state.get("frozen", False))
-        expected = {f"{group.name}/mask": group.mask.shape for group in self.stages[frozen]}
+        expected = {f"{group.name}/mask": group.shape for group in self.stages[frozen]}
         expected |= {
             f"{group.name}/density": torch.Size()
             for group in self.stages[frozen]
@@ -208,7 +230,9 @@ class Pruner:
         }
         if not frozen:
             expected |= {
-                f"{name}/state/{key}": tensor.shape for name, own in self._states.items() for key, tensor in own.items()
+                f"{group.name}/state/{key}": group.shape if tensor.shape == group.mask.shape else tensor.shape
+                for group in self.stages[frozen]
+                for key, tensor in self._state(group).items()
             }
         found = {
             key: tensor.shape
@@ -231,17 +255,19 @@ class Pruner:
             give_densities(groups, [float(state[f"{group.name}/density"]) for group in groups])
         for group in self.groups:
             gate = state.get(f"{group.name}/gate")
-            group.set_mask(state[f"{group.name}/mask"].to(device), None if gate is None else gate.to(device, copy=True))
+            mask = _part(group.split, state[f"{group.name}/mask"], group.shape).to(device)
+            group.set_mask(mask, None if gate is None else _part(group.split, gate, group.shape).to(device, copy=True))
             prefix = f"{group.name}/state/"
             self._states[group.name] = {
-                key.removeprefix(prefix): tensor.to(device, copy=True)
+                key.removeprefix(prefix): _part(group.split, tensor, group.shape).to(device, copy=True)
                 for key, tensor in state.items()
                 if key.startswith(prefix)
             }
             for slot in group.slots:
-                for key in _KEPT:
+                for key in KEPT:
                     kept = state.get(f"{slot.name}/{key}")
-                    setattr(slot, key, None if kept is None else kept.to(device, copy=True))
+                    part = None if kept is None else _part(slot.split, kept, slot.outline.shape)
+                    setattr(slot, key, None if part is None else part.to(device, copy=True))
 
     def holds(self) -> bool:
         """Whether every cut weight of the model is an exact zero."""
@@ -257,15 +283,24 @@ class Pruner:
         device = self.groups[0].slots[0].parameter.device
         if self.skipped.device == device:
             return
-        first, later = self.stages
         self.skipped = self.skipped.to(device)
         self._states = {name: {key: t.to(device) for key, t in state.items()} for name, state in self._states.items()}
-        for group in [*first, *(group for group in later if group not in first)]:
+        for group in self._all_groups():
             group.set_mask(group.mask.to(device), None if group.gate is None else group.gate.to(device))
             for slot in group.slots:
-                for key in _KEPT:
+                for key in KEPT:
                     kept = getattr(slot, key)
                     setattr(slot, key, None if kept is None else kept.to(device))
+
+    def _all_groups(self) -> list[Group]:
+        first, later = self.stages
+        return [*first, *(group for group in later if group not in first)]
+
+    def _state(self, group: Group) -> State:
+        """What a criterion remembers of a group, from its first use on: by then the model is where it is trained."""
+        if group.name not in self._states:
+            self._states[group.name] = {} if self.frozen else group.rule.criterion.start(group)
+        return self._states[group.name]
 
     def _bad_gradients(self) -> Tensor:
         """1.0 where a gradient is not finite, without a host sync: fp16 skips such a step, and so must the scores."""
@@ -274,8 +309,7 @@ class Pruner:
         ]
         if self.frozen or not gradients:
             return torch.zeros_like(self.skipped)
-        sums = torch.stack([gradient.sum(dtype=torch.float32) for gradient in gradients])
-        return (~torch.isfinite(sums)).any().to(self.skipped)
+        return not_finite(gradients)
 
     def _rules(self) -> dict[int, tuple[Rule, list[Group]]]:
         rules: dict[int, tuple[Rule, list[Group]]] = {}
@@ -300,17 +334,17 @@ class Pruner:
         fraction = 1.0 if final else self.schedule.fraction(self.progress)
         worth: dict[str, Tensor] = {}
         for rule, groups in self._rules().values():
-            states = [self._states[group.name] for group in groups]
+            states = [self._state(group) for group in groups]
             criterion = rule.criterion
             scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
-            bounds = [torch.aminmax(score) for score in scores]
-            for group, (low, high) in zip(groups, bounds, strict=True):
+            ends = [bounds(group.spread(score)) for group, score in zip(groups, scores, strict=True)]
+            for group, (low, high) in zip(groups, ends, strict=True):
                 if not (math.isfinite(low) and math.isfinite(high)):
                     raise InputError(
                         f"pruning: the scores of {group.name} are infinite or NaN at {self.progress:.0%} of the run, for the "
                         "training has diverged; lower training.learning_rate or set training.max_grad_norm"
                     )
-            if any(bool(low == high) and score.numel() > 1 for score, (low, high) in zip(scores, bounds, strict=True)):
+            if any(low == high and group.units > 1 for group, (low, high) in zip(groups, ends, strict=True)):
                 self._no_order(rule, final)
                 continue
             if rule.sparsity is None:
@@ -319,7 +353,9 @@ class Pruner:
             density = 1.0 - fraction * rule.sparsity
             cutoff = None if final else criterion.cutoff(fraction)
             if cutoff is None:
-                masks = rule.budget.share([rule.structure.rank(score) for score in scores], density)
+                ranked = [rule.structure.rank(score) for score in scores]
+                spread = [group.spread(score) for group, score in zip(groups, ranked, strict=True)]
+                masks = [here(mask) for mask in rule.budget.share(spread, density)]
             else:
                 masks = [_above(score, cutoff) for score in scores]
                 units = sum(mask.numel() for mask in masks)
@@ -355,7 +391,7 @@ class Pruner:
                 group.set_mask(torch.ones_like(group.mask))
                 group.park()
         self.frozen = True
-        self._states = {group.name: {} for group in after}
+        self._states = {}
         if after is not before:
             logger.info(
                 "Filled: %.1f%% of the targeted weights were cut; whole heads and neurons with %.1f%% of them are gone, "
@@ -388,6 +424,36 @@ def refuse_overlap(groups: list[Group]) -> None:
             if id(slot.parameter) in seen:
                 raise InputError(f"pruning.rules: {slot.name} is cut by two rules; give each target one rule")
             seen.add(id(slot.parameter))
+
+
+def refuse_unsplittable(rules: Sequence[Rule]) -> None:
+    """What needs all of a matrix's single weights in one place, and is not done on a model that is split among ranks."""
+    for i, rule in enumerate(rules):
+        if isinstance(rule.criterion, SecondOrder) or (
+            isinstance(rule.criterion, SteeredScores) and rule.structure.single
+        ):
+            raise InputError(
+                f"pruning.rules.{i}.criterion: {type(rule.criterion).__name__} looks at all of a matrix at once, which FSDP "
+                "splits among ranks; set movement, taylor or platon, or launch with DDP"
+            )
+
+
+def not_finite(gradients: Sequence[Tensor]) -> Tensor:
+    """1.0 (fp32) where a gradient is infinite or NaN, on any rank; no host waits for it."""
+    sums = torch.stack([here(gradient).sum(dtype=torch.float32) for gradient in gradients])
+    return total((~torch.isfinite(sums)).any().float(), mesh_of(gradients), dist.ReduceOp.MAX)
+
+
+def _spread(group: Group, tensor: Tensor) -> Tensor:
+    """A tensor of a criterion's state: a grid, or what has no units."""
+    return group.spread(tensor) if tensor.shape == group.mask.shape else tensor
+
+
+def _part(split: Split | None, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """What lies here of a saved tensor, which comes split in the same way, or whole."""
+    if split is None or tensor.shape != shape or isinstance(tensor, DTensor):
+        return here(tensor)
+    return split.part(tensor)
 
 
 def _above(score: Tensor, cutoff: float) -> Tensor:

@@ -65,13 +65,12 @@ class GroupLasso(Regularizer):
     """
 
     def shrink(self, group: "Group", pull: Tensor) -> None:
-        structure = group.rule.structure
         size = group.sum(lambda slot: slot.weight.new_ones(()).expand(slot.weight.shape).float())
         rms = (group.sum(lambda slot: slot.weight.float().square()) / size).sqrt_()
         factor = (1.0 - pull / rms).clamp_min_(0.0).nan_to_num_(0.0, neginf=0.0)
         for slot in group.slots:
             weight = slot.weight
-            weight.mul_(structure.expand(factor, weight, slot.site).to(weight.dtype))
+            weight.mul_(group.expand(factor, slot).to(weight.dtype))
 
 
 REGULARIZERS: dict[str, type[Regularizer]] = {"l1": L1, "l2": L2, "group_lasso": GroupLasso}

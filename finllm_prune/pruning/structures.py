@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finllm_prune.errors import InputError
@@ -43,6 +44,9 @@ class Structure:
     """What shares one grid: the matrices of one "mlp" or one "attention", or those of the whole "encoder"; None cuts each
     matrix alone."""
 
+    single: ClassVar[bool] = False
+    """Whether each weight is a unit, so that the grid is split among ranks as its weight is; other grids lie on every rank."""
+
     def units(self, weight: Tensor, site: Site) -> torch.Size:
         """The shape of the unit grid; raises InputError where the structure does not fit the weight."""
         raise NotImplementedError
@@ -55,12 +59,20 @@ class Structure:
         """Weight shape -> unit grid, by sums: the adjoint of ``expand``."""
         raise NotImplementedError
 
+    def reduce_rows(self, rows: Tensor, site: Site, first: int, weight: Tensor) -> Tensor:
+        """``reduce`` of a tensor that is zero but for some rows, from row ``first`` on; ``weight`` has the shape of all."""
+        return self.reduce(_among_zeros(rows, first, len(weight)), site)
+
     def rank(self, scores: Tensor) -> Tensor:
         """Scores as a budget should see them (fp32, of the grid's shape), where the structure binds units to each other."""
         return scores
 
     def check(self, sparsity: float) -> None:
         """Raise InputError where the structure cannot reach a rule's final sparsity."""
+
+
+def _among_zeros(rows: Tensor, first: int, count: int) -> Tensor:
+    return F.pad(rows, (0, 0, first, count - first - len(rows)))
 
 
 def best(scores: Tensor, n: int, m: int) -> Tensor:
@@ -73,6 +85,8 @@ def best(scores: Tensor, n: int, m: int) -> Tensor:
 @dataclass(frozen=True)
 class Unstructured(Structure):
     """Each weight is a unit. Smaller files when packed; no runtime that transformers offers is faster for it."""
+
+    single: ClassVar[bool] = True
 
     def units(self, weight: Tensor, site: Site) -> torch.Size:
         return weight.shape
@@ -150,6 +164,11 @@ class Block(Structure):
         out, inn = tensor.shape
         return tensor.reshape(out // self.rows, self.rows, inn // self.cols, self.cols).sum((1, 3))
 
+    def reduce_rows(self, rows: Tensor, site: Site, first: int, weight: Tensor) -> Tensor:
+        out, inn = weight.shape
+        narrow = rows.reshape(len(rows), inn // self.cols, self.cols).sum(2)
+        return _among_zeros(narrow, first, out).view(out // self.rows, self.rows, -1).sum(1)
+
 
 class _Slices(Structure):
     """Units that are whole slices of a matrix along ``site.axis``: the shared arithmetic of neurons and heads."""
@@ -175,6 +194,11 @@ class _Slices(Structure):
     def reduce(self, tensor: Tensor, site: Site) -> Tensor:
         count = self.count(tensor, site)
         return tensor.sum(1 - site.axis).view(site.fused, count, -1).sum((0, 2))
+
+    def reduce_rows(self, rows: Tensor, site: Site, first: int, weight: Tensor) -> Tensor:
+        if site.axis == 1:
+            return self.reduce(rows, site)
+        return self.reduce(_among_zeros(rows.sum(1, keepdim=True), first, len(weight)), site)
 
 
 @dataclass(frozen=True)
@@ -217,6 +241,9 @@ class Layer(Structure):
         totals = tensor.new_zeros(site.blocks)
         totals[site.index] = tensor.sum()
         return totals
+
+    def reduce_rows(self, rows: Tensor, site: Site, first: int, weight: Tensor) -> Tensor:
+        return self.reduce(rows, site)
 
 
 STRUCTURES: dict[str, type[Structure]] = {

@@ -93,10 +93,11 @@ def evaluate_suite(
             raise InputError(f"sets.{number} ({entry.name}): {error}") from error
     if not matches:
         raise InputError(f"sets: none is left to measure; {next(iter(left_out.values()))}")
-    measured = {name for match in matches for name in match.judge.metrics} | {
+    measured = {
         "non_inferiority",
         "agreement",
         "latency_ratio",
+        *(name for each in matches for name in each.judge.metrics),
     }
     for gate in suite.gates:
         if gate.removesuffix("_retention") not in measured:

@@ -133,6 +133,7 @@ class Classification:
             names = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
             splits, masked = self._without_names(splits, [name for name in names if isinstance(name, str)])
             facts |= {} if self.mask is None else {"masked": masked}
+        splits = {name: self._with_kept(rows, tables[name].select(good[name])) for name, rows in splits.items()}
         if self.split is not None:
             splits, facts["split"] = _divided(
                 splits, [keys[name][row] for name in splits for row in good[name]], self.split
@@ -236,11 +237,10 @@ class Classification:
             for row, value, label in zip(rows, batch[self.label_column], made["label"], strict=True):
                 if label is None:
                     bad.add(split, row, *self._fault(value, labels))
-            return made | {f"{KEPT}{column}": batch[column] for column in self.keep_columns}
+            return made
 
         types = dict.fromkeys(texts, datasets.Value("string")) | {"label": self._label_type()}
-        types |= {f"{KEPT}{column}": raw.features[column] for column in self.keep_columns}
-        asked = list(dict.fromkeys([*texts.values(), self.label_column, *self.keep_columns]))
+        asked = list(dict.fromkeys([*texts.values(), self.label_column]))
         return rewritten(raw.select_columns(asked), read, datasets.Features(types))
 
     def _check_ids(self, tables: Tables, bad: BadRows) -> None:
@@ -334,6 +334,11 @@ class Classification:
             return lambda batch, _: change(split, batch)
 
         return {name: rewritten(rows, of(name), rows.features) for name, rows in splits.items()}, counts
+
+    def _with_kept(self, rows: datasets.Dataset, raw: datasets.Dataset) -> datasets.Dataset:
+        """``keep_columns`` beside the texts, whatever these and their labels were called."""
+        kept = [raw.select_columns([name]).rename_column(name, f"{KEPT}{name}") for name in self.keep_columns]
+        return datasets.concatenate_datasets([rows, *kept], axis=1)
 
     def _complete(self, whole: dict[str, datasets.Dataset], source: str) -> dict[str, datasets.Dataset]:
         """A sample of the training rows if asked, and a validation split from them where there is none."""

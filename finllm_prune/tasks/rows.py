@@ -1,5 +1,6 @@
 """Rows as they lie in their files: on which line each begins, and which ones are bad."""
 
+import codecs
 import csv
 import json
 import logging
@@ -106,6 +107,15 @@ def not_utf8(path: Path) -> list[int]:
             except UnicodeDecodeError:
                 bad.append(number)
     return bad
+
+
+def bare_null(path: Path) -> int | None:
+    """The first line of a JSON file that begins with ``null`` instead of a row: pyarrow takes the process down with it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+                return number
+    return None
 
 
 def copy_readable(path: Path, copy: Path) -> list[int]:

@@ -17,7 +17,7 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedTokenizerBase
 from finllm_prune.errors import InputError
 from finllm_prune.judges import Judge
 from finllm_prune.tasks.batchwise import Batch, rewritten
-from finllm_prune.tasks.rows import copy_readable, not_utf8
+from finllm_prune.tasks.rows import bare_null, copy_readable, not_utf8
 
 BUILTIN = Path(__file__).parents[1] / "data"
 PARQUET = "refs/convert/parquet"
@@ -226,6 +226,8 @@ def read_file(path: Path, split: str, left_out: list[int] | None = None) -> data
             f"{path}, line {bad[0]}, holds bytes that are not UTF-8{count}; save it as UTF-8, or leave such rows of "
             "task.dataset out by task.bad_rows: skip"
         )
+    if path.suffix in (".json", ".jsonl") and (line := bare_null(path)) is not None:
+        raise InputError(f"{path}, line {line}, is no row, but null; take it out")
     return _loaded(path, split, named=path)
 
 

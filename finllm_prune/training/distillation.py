@@ -94,6 +94,7 @@ class Teacher:
         self.settings = settings
         self.layers = list(layers)
         self.outputs = model.config.num_labels
+        self.of_sets = model.config.problem_type == "multi_label_classification"
         own = model.config.hidden_size
         widths_differ = settings.hidden > 0 and width not in (None, own)
         self.projection = Projection(width, own) if widths_differ and width is not None else None
@@ -141,7 +142,7 @@ class Teacher:
         kind = self.settings.logits
         if kind == "auto":
             kind = "margin_mse" if is_list else "mse" if one else "kl"
-        if kind == "kl" and self.model.config.problem_type == "multi_label_classification":
+        if kind == "kl" and self.of_sets:
             return set_kl(student, teacher, self.settings.temperature)
         if kind == "kl" and not one:
             return kl(student, teacher, self.settings.temperature)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import Group, Pruner
+from finllm_prune.pruning import Group, Pruner, here, mesh_of, sampled, split_mesh, total
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.watch import Moment, watch
 
@@ -67,10 +67,10 @@ class Recording:
 
 
 class Recorder(TrainerCallback):
-    """Records a Pruner on the first rank; the state beside each checkpoint makes the table of a resumed run gapless.
+    """Records a Pruner on the first rank (on all, where the model is split among them).
 
-    It must come before the callback that carries the Pruner's steps: that a checkpoint is complete is told by the
-    Pruner's file, so this one has to lie there first.
+    The state beside each checkpoint makes the table of a resumed run gapless. The recorder must come before the callback that
+    carries the Pruner's steps: that a checkpoint is complete is told by the Pruner's file, so this one has to lie there first.
 
     Attributes:
         moments: per moment, one row of numbers per group of the Pruner, in its order; NaN where nothing can be measured.
@@ -83,6 +83,7 @@ class Recorder(TrainerCallback):
         self.settings = settings
         self.moments: list[Moment] = []
         self.warnings: dict[str, str] = {}
+        self._split = False
         self._before: dict[str, Tensor] = {}
         self._news: dict[str, float] = {}
 
@@ -109,10 +110,14 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.moments, self.warnings = [], {}
+        model = kwargs.get("model")
+        self._split = model is not None and split_mesh(model) is not None
+        if model is not None and self._split:
+            self.pruner.follow(model)
         if state.global_step == 0:
             self._before = self._look()
             return
-        saved = load_beside(args, state, _STATE_FILE)
+        saved = load_beside(args, state, _STATE_FILE, model)
         rows = [dict(zip(_NUMBERS, row, strict=True)) for row in saved.pop("rows").tolist()]
         for _, moment in itertools.groupby(rows, lambda row: (row["step"], row["frozen"])):
             self.moments.append(list(moment))
@@ -121,22 +126,23 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         interval = max(1, math.ceil(self.settings.every * state.max_steps))
-        if state.is_world_process_zero and (state.global_step % interval == 0 or state.global_step == state.max_steps):
-            self._record(state.global_step)
+        looks = state.is_world_process_zero or self._split
+        if looks and (state.global_step % interval == 0 or state.global_step == state.max_steps):
+            self._record(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        save_beside(args, state, _STATE_FILE, self._saved)
+        save_beside(args, state, _STATE_FILE, self._saved, self._split)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A run that ends before `freeze` makes its last cut here, which belongs to the record.
         self.pruner.finish(replaced=args.load_best_model_at_end)
-        if not state.is_world_process_zero:
+        if not (state.is_world_process_zero or self._split):
             return
         last = self.moments[-1][0] if self.moments else {"step": 0, "frozen": False}
         if (last["step"], last["frozen"]) != (state.global_step, self.pruner.frozen):
-            self._record(state.global_step)
+            self._record(state)
 
     def _saved(self) -> dict[str, Tensor]:
         rows = [[row[name] for name in _NUMBERS] for moment in self.moments for row in moment]
@@ -145,21 +151,27 @@ class Recorder(TrainerCallback):
     @torch.no_grad()
     def _look(self) -> dict[str, Tensor]:
         """Masks and samples as they are now, under the group's name; they are copies."""
-        seen = {f"{name}/scores": _sample(scores) for name, scores in self.pruner.scores().items()}
-        seen |= {f"{name}/learned": _sample(learned) for name, learned in self.pruner.learned().items()}
+        grids = {"scores": self.pruner.scores(), "learned": self.pruner.learned()}
+        seen: dict[str, Tensor] = {}
         for group in self.pruner.groups:
-            seen[f"{group.name}/mask"] = group.mask.clone()
-            matrices = [slot.weight for slot in group.slots if slot.parameter.ndim == 2]
-            seen[f"{group.name}/weights"] = torch.cat([_sample(weight) for weight in matrices])
+            for kind, found in grids.items():
+                if group.name in found:
+                    grid = found[group.name]
+                    split = group.split if grid.shape == group.mask.shape else None
+                    seen[f"{group.name}/{kind}"] = sampled(grid, split, _SAMPLE)
+            seen[f"{group.name}/mask"] = group.spread(group.mask.clone())
+            matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
+            seen[f"{group.name}/weights"] = torch.cat([sampled(slot.weight, slot.split, _SAMPLE) for slot in matrices])
         return seen
 
-    def _record(self, step: int) -> None:
+    def _record(self, state: TrainerState) -> None:
+        step = state.global_step
         before, now = self._before, self._look()
         pairs = [_compare(group.name, before, now) for group in self.pruner.groups]
         counts, values = (torch.stack(parts).tolist() for parts in zip(*pairs, strict=True))
         moment: Moment = []
         for group, (kept, cut, regrown), measured in zip(self.pruner.groups, counts, values, strict=True):
-            units = group.mask.numel()
+            units = group.units
             row = {
                 "step": step, "progress": self.pruner.progress, "frozen": self.pruner.frozen, "units": units, "kept": kept,
                 "density": kept / units, "cut": cut, "regrown": regrown, "churn": (cut + regrown) / units,
@@ -171,7 +183,8 @@ class Recorder(TrainerCallback):
         for kind, sentence in self._watch().items():
             if kind not in self.warnings:
                 self.warnings[kind] = sentence
-                logger.warning("%s", sentence)
+                if state.is_world_process_zero:
+                    logger.warning("%s", sentence)
 
     def _watch(self) -> dict[str, str]:
         groups = self._groups(self.moments[-1])
@@ -183,19 +196,15 @@ class Recorder(TrainerCallback):
         return self.pruner.stages[bool(moment[0]["frozen"])]
 
 
-def _sample(values: Tensor) -> Tensor:
-    """Every n-th value in fp32; n is odd, so that it does not fall on the same few columns in each row."""
-    stride = max(1, values.numel() // _SAMPLE) | 1
-    return values.detach().reshape(-1)[::stride].to(torch.float32, copy=True).contiguous()
-
-
 def _compare(name: str, before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """What one layer did: (kept, cut, regrown), and the measured columns of a row; both stay on the device."""
-    mask = now[f"{name}/mask"]
+    found = now[f"{name}/mask"]
+    mask = here(found)
     device = mask.device
     # A layer of filled heads or neurons begins whole, when the masks freeze; how it moved until then is not known.
-    was = before.get(f"{name}/mask", torch.ones_like(mask)).to(device)
+    was = here(before.get(f"{name}/mask", torch.ones_like(mask))).to(device)
     counts = torch.stack([grid.count_nonzero() for grid in (mask, was & ~mask, mask & ~was)])
+    counts = total(counts, mesh_of([found]))
     weights = now[f"{name}/weights"].to(device)
     old = before.get(f"{name}/weights", torch.full_like(weights, math.nan)).to(device)
     kept = (weights != 0) & (old != 0)  # a cut weight is an exact zero

@@ -1,26 +1,42 @@
 """A transformers.Trainer that prunes: `compute_loss`, `create_optimizer`, `log`, the sampler and callbacks, no copied loop."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.utils.data import Sampler
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import rotate_checkpoints
 
 from finllm_prune.errors import InputError
+from finllm_prune.families import Family, find_architecture
 from finllm_prune.inference import PARTS, answer, gather_of, length
-from finllm_prune.pruning import Pruner
+from finllm_prune.pruning import Pruner, not_finite, split_mesh
+from finllm_prune.staging import clear_when_full
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
 from finllm_prune.training.projection import PROJECTION_FILE, ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
 from finllm_prune.training.recovery import Seam
+from finllm_prune.training.sigterm import Sigterm
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 
 STATE_FILE = "pruner.safetensors"
@@ -50,6 +66,8 @@ class PruningTrainer(Trainer):
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
         # number of accumulation steps and of ranks (huggingface/transformers#47688).
         model.accepts_loss_kwargs = False  # type: ignore[assignment]
+        if asks_for_fsdp(args):
+            _wrap_blocks(model)
         super().__init__(model, args, **kwargs)
         self.pruner = pruner
         self.teacher = teacher
@@ -66,6 +84,11 @@ class PruningTrainer(Trainer):
                 "sets, windows); use one"
             )
         if teacher is not None and teacher.projection is not None:
+            if asks_for_fsdp(args):
+                raise InputError(
+                    "distillation.hidden: a teacher of another width needs a projection, which FSDP does not train; set "
+                    "hidden: 0, or launch with DDP"
+                )
             # Before the pruner's callback: that a checkpoint is complete is told by the pruner's file.
             self.add_callback(ProjectionCallback(teacher.projection))
         if pruner is not None:
@@ -74,6 +97,7 @@ class PruningTrainer(Trainer):
                 self.recorder = Recorder(pruner, recording)
                 self.add_callback(self.recorder)
             self.add_callback(PruningCallback(pruner))
+        self.add_callback(Sigterm(self.accelerator))
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(ProgressBar(description))
@@ -103,7 +127,9 @@ class PruningTrainer(Trainer):
         """Train; with ``args.resume_from_checkpoint`` from there, which may be the end: then nothing is trained."""
         checkpoint = self.args.resume_from_checkpoint
         if checkpoint is None or not self.finished(Path(checkpoint)):
-            self.train(resume_from_checkpoint=checkpoint)
+            self._refuse_other_engine(checkpoint)
+            with clear_when_full(Path(self.args.output_dir or ".")):
+                self.train(resume_from_checkpoint=checkpoint)
             for name in (
                 "forward",
                 "_original_forward",
@@ -114,9 +140,34 @@ class PruningTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         assert self.model is not None
-        load_model(self.model, Path(best or checkpoint) / "model.safetensors", device=str(self.args.device))
+        self._load_plain(Path(best or checkpoint))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _refuse_other_engine(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        was_split = (Path(checkpoint) / f"{FSDP_MODEL_NAME}_0").is_dir()
+        if was_split != asks_for_fsdp(self.args):
+            raise InputError(
+                f"--resume: {checkpoint} was written {'under' if was_split else 'without'} FSDP, so go on in the same way; "
+                f"launch with recipes/accelerate/{'fsdp2' if was_split else 'ddp'}.yaml, by whatever number of processes"
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's; with a Pruner, older checkpoints go later, when its file has made this one complete."""
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None if self.pruner is not None else limit
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+
+    def _load_plain(self, checkpoint: Path) -> None:
+        """The weights of a checkpoint, by whatever engine, into the model as it is before training."""
+        assert self.model is not None
+        if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
+            load({"model": self.model.state_dict()}, checkpoint_id=checkpoint / f"{FSDP_MODEL_NAME}_0")
+        else:
+            load_model(self.model, checkpoint / "model.safetensors", device=str(self.args.device))
 
     def finished(self, checkpoint: Path) -> bool:
         """Whether a training ended with this checkpoint."""
@@ -169,13 +220,18 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model = kwargs["model"]
+        if split_mesh(model) is not None:
+            self.pruner.follow(model)
         if state.global_step > 0:
-            self.pruner.load_state_dict(load_beside(args, state, STATE_FILE))
+            self.pruner.load_state_dict(load_beside(args, state, STATE_FILE, model))
+            if args.should_save:
+                _drop_unfinished(Path(args.output_dir or "."), state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        skip = _not_finite(kwargs["optimizer"]) if args.fp16 else None
+        skip = _overflow(kwargs["optimizer"]) if args.fp16 else None
         self.pruner.before_step((state.global_step + 1) / state.max_steps, skip)
 
     def on_optimizer_step(
@@ -188,7 +244,11 @@ class PruningCallback(TrainerCallback):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        save_beside(args, state, STATE_FILE, self.pruner.state_dict)
+        save_beside(args, state, STATE_FILE, self.pruner.state_dict, split_mesh(kwargs["model"]) is not None)
+        if args.should_save:
+            rotate_checkpoints(
+                args.output_dir or ".", args.save_total_limit, state.best_model_checkpoint, use_mtime=True
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -227,25 +287,72 @@ def complete_checkpoint(output_dir: str | None, pruned: bool, projected: bool = 
     """The newest checkpoint that was written to its end, or None; one that a kill cut short is passed over."""
     last_file = STATE_FILE if pruned else PROJECTION_FILE if projected else "trainer_state.json"
     folders = [path.parent for path in Path(output_dir or ".").glob(f"checkpoint-*/{last_file}")]
-    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
+    return str(max(folders, key=_step_of)) if folders else None
+
+
+def _drop_unfinished(folder: Path, step: int) -> None:
+    """Checkpoints after the one that a run goes on from are not whole: they would count as the newest that are kept."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if _step_of(checkpoint) > step and not (checkpoint / STATE_FILE).is_file():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments, or the launcher, ask for FSDP."""
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def _wrap_blocks(model: nn.Module) -> None:
+    """Let FSDP split a model by its blocks: transformers names the embeddings too, which accelerate then splits twice."""
+    architecture = find_architecture(model.config.model_type)  # type: ignore[union-attr,arg-type]
+    if isinstance(model, PreTrainedModel) and isinstance(architecture, Family):
+        model._no_split_modules = {type(block).__name__ for block in architecture.layers(model)}
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:
-    """Engines under which the model's parameters are not whole tensors that see all gradients."""
+    """Engines under which the Pruner cannot reach the parameters or their gradients."""
     kind = args.distributed_state.distributed_type if args.distributed_state is not None else DistributedType.NO
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) or args.deepspeed or args.fsdp:
+    if kind == DistributedType.DEEPSPEED or args.deepspeed:
         raise InputError(
-            "training: pruning under FSDP or DeepSpeed is not supported; launch with DDP (MULTI_GPU) instead"
+            "training: pruning under DeepSpeed ZeRO is not supported, for it keeps weights and gradients to itself; launch "
+            "with FSDP2 (recipes/accelerate/fsdp2.yaml) or DDP"
         )
     if args.n_gpu > 1:
         raise InputError(
             "training: several GPUs in one process (DataParallel) split the gradients; "
             "start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
         )
+    if asks_for_fsdp(args):
+        _refuse_fsdp_unless_split(args, kind)
 
 
-def _not_finite(optimizer: torch.optim.Optimizer) -> Tensor:
+def _refuse_fsdp_unless_split(args: TrainingArguments, kind: DistributedType) -> None:
+    """FSDP2 with sharded checkpoints, on GPUs, where each rank reads the model and keeps its rows."""
+    if kind in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise InputError(
+            "training: FSDP needs a GPU for each process (accelerate would train with DDP and say nothing); launch with "
+            "recipes/accelerate/ddp.yaml instead"
+        )
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    wrong = {
+        "fsdp_version": plugin.fsdp_version != 2 and "2",
+        "fsdp_state_dict_type": plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT and "SHARDED_STATE_DICT",
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy) and "false",
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading and "false",
+    }
+    for key, value in wrong.items():
+        if value:
+            raise InputError(
+                f"training: pruning under FSDP needs {key}: {value}; set it in the file of accelerate launch, as in "
+                "recipes/accelerate/fsdp2.yaml, or in training.fsdp_config"
+            )
+
+
+def _overflow(optimizer: torch.optim.Optimizer) -> Tensor:
     """1.0 where a gradient of what the optimizer trains is infinite or NaN: then the loss scaler skips the step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    sums = [parameter.grad.sum(dtype=torch.float32) for parameter in parameters if parameter.grad is not None]
-    return (~torch.isfinite(torch.stack(sums))).any().float()
+    return not_finite([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -30,7 +30,7 @@ class Random(Criterion):
     def start(self, group: "Group") -> State:
         digest = hashlib.sha256(f"{self.seed}/{group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return {"scores": torch.rand(group.mask.shape, generator=generator).to(group.mask.device)}
+        return {"scores": group.part(torch.rand(group.shape, generator=generator)).to(group.mask.device)}
 
     def score(self, group: "Group", state: State) -> Tensor:
         return state["scores"]

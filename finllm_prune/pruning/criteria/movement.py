@@ -44,10 +44,10 @@ class LearnedScores(Criterion):
             )
 
     def start(self, group: "Group") -> State:
-        size = norm(group)
+        size = group.whole(norm(group))
         rank = torch.empty_like(size).view(-1)
         rank[size.view(-1).argsort(stable=True)] = torch.arange(size.numel(), device=size.device, dtype=size.dtype)
-        scores = (rank * (self.initial * self.travel / size.numel())).view(size.shape)
+        scores = group.part((rank * (self.initial * self.travel / size.numel())).view(size.shape))
         zeros = torch.zeros_like(scores)
         return {"scores": scores, "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": scores.new_zeros(())}
 
