@@ -17,6 +17,7 @@ from finllm_prune.suite import Suite, evaluate_suite, page
 from finllm_prune.suite.suite import parse
 from tests import small
 from tests.conftest import LABELS, Call, loud, tiny_model
+from tests.rankings import write_set
 
 NASTY = "<script>alert('x')</script> & \"Alder Creek Group\" is up 5%"
 
@@ -167,6 +168,27 @@ def test_a_set_of_other_classes_is_left_out_unless_it_names_its_models(home: Pat
         evaluate_suite(parse(data), str(home / "pruned"), str(home / "dense"))
     with pytest.raises(InputError, match="none is left to measure"):
         evaluate_suite(parse({"sets": [{"name": "a", "task": "filings"}]}), str(home / "pruned"), str(home / "dense"))
+
+
+def test_queries_are_units_of_all_their_candidates(
+    home: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for seed in (1, 2):
+        loud(tiny_model(layers=1, seed=seed, labels=["relevance"])).save_pretrained(tmp_path / f"{seed}")
+        tokenizer.save_pretrained(tmp_path / f"{seed}")
+    task = {"name": "reranking", "dataset": str(write_set(tmp_path / "set")), "max_length": 24, "candidates": 4}
+    models = {"model": str(tmp_path / "1"), "baseline": str(tmp_path / "2")}
+    data = asked(home, speed=False, gates={"ndcg_at_10_retention": 0.0})
+    data["sets"] = [data["sets"][1], {"name": "passages", "task": task, "slices": ["length"], **models}]
+    _, ranked = evaluate_suite(parse(data), str(home / "pruned"), str(home / "dense"), show_texts=True).sets
+    assert (ranked.unit, ranked.units, ranked.headline, ranked.calibration) == ("query", 12, "ndcg_at_10", None)
+    assert sum(part["units"] for part in ranked.slices) == 12
+    assert {row["change"]: row["rows"] for row in ranked.robustness} == {"numbers": 0, "negations": 12, "companies": 0}
+    assert ranked.changed is not None
+    assert len({row["text"] for row in ranked.changed}) == len(ranked.changed), "a query is told once"
+    data["gates"] = {"mse": 0.5}
+    with pytest.raises(InputError, match=r"gates\.mse: none of these sets measures it"):
+        evaluate_suite(parse(data), str(home / "pruned"), str(home / "dense"))
 
 
 def test_answers_that_are_kept_are_not_asked_for_again(

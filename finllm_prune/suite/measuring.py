@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from finllm_prune.evaluation import Latency, compare, measure
 from finllm_prune.evaluation.calibration import Calibration, calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, not_worse
 from finllm_prune.evaluation.tax import tax
-from finllm_prune.judges import Answers, ClassJudge, Judge
+from finllm_prune.judges import Answers, ClassJudge, Indices, Judge
 from finllm_prune.prepare import OtherLabels
 from finllm_prune.provenance import surroundings
 from finllm_prune.saved import Saved
@@ -46,6 +47,20 @@ class Match:
     @property
     def rows(self) -> datasets.Dataset:
         return self.examples.splits["test"]
+
+    @cached_property
+    def unit_of(self) -> Indices:
+        """The unit of each row, shape (rows,): a query has a row with each candidate; empty where it cannot be told."""
+        texts = list(self.rows["text"]) if "text" in self.rows.column_names else []
+        if len(texts) == len(self.judge):
+            return np.arange(len(texts))
+        unit = np.cumsum([row > 0 and text != texts[row - 1] for row, text in enumerate(texts)])
+        return unit if len(texts) and unit[-1] + 1 == len(self.judge) else np.array([], dtype=np.int64)
+
+    @property
+    def first_rows(self) -> datasets.Dataset:
+        """One row of each unit, in their order."""
+        return self.rows.select(np.unique(self.unit_of, return_index=True)[1])
 
 
 def evaluate_suite(
@@ -78,6 +93,15 @@ def evaluate_suite(
             raise InputError(f"sets.{number} ({entry.name}): {error}") from error
     if not matches:
         raise InputError(f"sets: none is left to measure; {next(iter(left_out.values()))}")
+    measured = {
+        "non_inferiority",
+        "agreement",
+        "latency_ratio",
+        *(name for each in matches for name in each.judge.metrics),
+    }
+    for gate in suite.gates:
+        if gate.removesuffix("_retention") not in measured:
+            raise InputError(f"gates.{gate}: none of these sets measures it; remove the gate")
     ask = Kept(keep).logits
     results = []
     for match in matches:
@@ -111,7 +135,6 @@ def _measured(match: Match, suite: Suite, ask: Ask, show_texts: bool) -> SetResu
     answers = {kind: judge.answers(each) for kind, each in logits.items()}
     quality = compare(judge, **logits, seed=suite.seed, resamples=suite.resamples)
     asked = suite.non_inferiority if entry.margin is None else replace(suite.non_inferiority, margin=entry.margin)
-    is_whole = "text" in match.rows.column_names and len(match.rows) == len(judge)
     return SetResult(
         name=entry.name,
         task=type(entry.task).__module__.rpartition(".")[2],
@@ -126,11 +149,11 @@ def _measured(match: Match, suite: Suite, ask: Ask, show_texts: bool) -> SetResu
         tested=not_worse(judge.worth(answers["dense"]), judge.worth(answers["pruned"]), asked),
         calibration=_calibration(judge, logits, suite.bins),
         tax=tax(quality, judge, **answers, seed=suite.seed, resamples=suite.resamples),
-        slices=_slices(match, answers, asked) if is_whole else [],
-        robustness=_robustness(match, logits, ask, asked, suite.seed) if is_whole else [],
+        slices=_slices(match, answers, asked) if len(match.unit_of) else [],
+        robustness=_robustness(match, logits, ask, asked, suite.seed) if len(match.unit_of) else [],
         latency=_latency(match, suite),
         published=[asdict(each) for each in entry.published],
-        changed=_changed(match, answers) if show_texts and is_whole else None,
+        changed=_changed(match, answers) if show_texts and len(match.unit_of) else None,
     )
 
 
@@ -152,9 +175,9 @@ def _calibration(judge: Judge, logits: dict[str, Tensor], bins: int) -> dict[str
 def _slices(match: Match, answers: dict[str, Answers], asked: NonInferiority) -> list[dict[str, Any]]:
     dense, pruned = (match.judge.worth(given) for given in answers.values())
     return [
-        {"by": by, "part": part, "units": len(rows), **_beside(dense[rows], pruned[rows], asked)}
-        for by, parts in slices(match.entry.slices, match.rows).items()
-        for part, rows in parts.items()
+        {"by": by, "part": part, "units": len(units), **_beside(dense[units], pruned[units], asked)}
+        for by, parts in slices(match.entry.slices, match.first_rows).items()
+        for part, units in parts.items()
     ]
 
 
@@ -163,11 +186,12 @@ def _robustness(
 ) -> list[dict[str, Any]]:
     """How often each model changes its mind when texts change a little; only those that do change are asked again."""
     names = {cls: name for name, cls in PERTURBATIONS.items()}
-    found = []
+    found: list[dict[str, Any]] = []
     for change in match.entry.perturbations:
         texts = change(match.rows, seed)
         rows = np.array([row for row, text in enumerate(match.rows["text"]) if text != texts[row]], dtype=int)
-        figures: dict[str, Any] = {"change": names[type(change)], "rows": len(rows)}
+        units = np.unique(match.unit_of[rows])
+        figures: dict[str, Any] = {"change": names[type(change)], "rows": len(units)}
         if len(rows):
             changed = match.rows.select(rows).remove_columns("text").add_column("text", [texts[row] for row in rows])
             moved: list[NDArray[np.float64]] = []
@@ -175,7 +199,7 @@ def _robustness(
                 new = logits[kind].clone()
                 new[rows] = ask(saved, changed)
                 same = match.judge.same(match.judge.answers(logits[kind]), match.judge.answers(new))
-                moved.append(1.0 - same[rows].astype(np.float64))
+                moved.append(1.0 - same[units].astype(np.float64))
             figures |= _beside(moved[0], moved[1], asked)
         found.append(figures)
     return found
@@ -200,17 +224,16 @@ def _latency(match: Match, suite: Suite) -> Latency | None:
 
 
 def _changed(match: Match, answers: dict[str, Answers]) -> list[dict[str, Any]]:
-    """Texts whose worth has changed, what lost first."""
-    worth = {kind: match.judge.worth(given) for kind, given in answers.items()}
+    """Texts of units whose worth has changed, what lost first."""
+    judge, rows = match.judge, match.first_rows
+    worth = {kind: judge.worth(given) for kind, given in answers.items()}
     lost = worth["pruned"] - worth["dense"]
-    rows = [int(row) for row in np.argsort(lost, kind="stable") if lost[row] != 0][:_SHOWN]
-    labels = match.examples.labels if isinstance(match.judge, ClassJudge) else None
-    return [
-        {
-            "text": match.rows[row]["text"],
-            "truth": labels[match.judge.references[row]] if isinstance(match.judge, ClassJudge) and labels else None,
-            **{kind: labels[given[row, 0]] if labels else float(worth[kind][row]) for kind, given in answers.items()},
-            "lost": bool(lost[row] < 0),
-        }
-        for row in rows
-    ]
+    found = []
+    for unit in [int(unit) for unit in np.argsort(lost, kind="stable") if lost[unit] != 0][:_SHOWN]:
+        if isinstance(judge, ClassJudge):
+            told = {kind: judge.labels[given[unit, 0]] for kind, given in answers.items()}
+            told["truth"] = judge.labels[judge.references[unit]]
+        else:
+            told = {kind: f"{values[unit]:.3f}" for kind, values in worth.items()} | {"truth": ""}
+        found.append({"text": rows[unit]["text"], **told, "lost": bool(lost[unit] < 0)})
+    return found

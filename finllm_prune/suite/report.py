@@ -31,7 +31,7 @@ class SetResult:
         calibration: of ``dense`` and ``pruned``; None where there are no classes.
         tax: what each class pays, that which pays most first.
         slices: ``by``, ``part``, ``units``, ``dense``, ``pruned``, ``difference``, ``interval``.
-        robustness: ``change``, ``rows`` that it changed, on what part of these ``dense`` and ``pruned`` changed their mind.
+        robustness: ``change``, ``rows`` that it changed, on what part of them ``dense`` and ``pruned`` changed their mind.
         latency: at the set's median length.
         published: figures of others.
         changed: texts whose worth has changed, where they are to be shown.
@@ -200,7 +200,9 @@ def _ece(each: SetResult) -> str:
 
 def _most(parts: list[dict[str, Any]], name: str) -> str:
     worst = min(parts, key=lambda part: float(part["difference"]), default=None)
-    return f"{name.format(**worst)} {100 * worst['difference']:+.1f}" if worst else ""
+    if worst is None:
+        return ""
+    return f"{name.format(**worst)} {100 * worst['difference']:+.1f}" if worst["difference"] < 0 else "none"
 
 
 def _changed_mind(change: str, each: SetResult) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finllm_prune.errors import InputError
+from finllm_prune.evaluation import GATES
 from finllm_prune.evaluation.non_inferiority import NonInferiority
 from finllm_prune.settings import build, mapping, named, read_yaml, refuse_unknown, typed
 from finllm_prune.suite.perturbations import PERTURBATIONS, Perturbation
@@ -179,8 +180,6 @@ def _task(data: dict[str, Any], columns: list[str], where: str) -> Task:
 
 
 def _check_gates(suite: Suite) -> None:
-    metrics = [name for entry in suite.sets for name in entry.task.metrics]
-    known = ["non_inferiority", "agreement", "latency_ratio", *metrics, *(f"{name}_retention" for name in metrics)]
-    refuse_unknown(suite.gates, list(dict.fromkeys(known)), "gates")
+    refuse_unknown(suite.gates, ["non_inferiority", *GATES], "gates")
     if "latency_ratio" in suite.gates and suite.speed is None:
         raise InputError("gates.latency_ratio: no latency is measured with speed: false; remove one of the two")
