@@ -12,7 +12,7 @@ import numpy as np
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import compare, quality_rows
 from finllm_prune.hub.base_model import locate
-from finllm_prune.prepare import class_names, load_config
+from finllm_prune.loading import class_names, load_config
 from finllm_prune.saved import Saved
 from finllm_prune.tasks import Examples
 from finllm_prune.tasks.sentiment import Sentiment

@@ -24,11 +24,12 @@ from finllm_prune.evaluation import (
 from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.hub.card import write_card
 from finllm_prune.inference import logits_of
-from finllm_prune.prepare import CHECKPOINTS, Prepared, engine_of
+from finllm_prune.prepare import Prepared, engine_of
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.staging import publish
 from finllm_prune.training import RECORD_FILE, Recorder
+from finllm_prune.workfolder import CHECKPOINTS
 
 _FASTEST = (
     "ragged",

@@ -11,7 +11,7 @@ from finllm_prune.checkpoints import delta, exported_in, find_format, verify
 from finllm_prune.checkpoints.manifest import MANIFEST, REPORT
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.hub.base_model import locate
-from finllm_prune.prepare import load_tokenizer, without_load_report
+from finllm_prune.loading import load_tokenizer, without_load_report
 from finllm_prune.staging import recover, staged
 
 _WEIGHTS = (".safetensors", ".onnx", ".data")

@@ -24,7 +24,8 @@ from transformers import (
 from finllm_prune.checkpoints.packed import pack_all
 from finllm_prune.evaluation import Target, cpu_threads, flops, measured_table, parameter_bytes
 from finllm_prune.families import Architecture, Family, find_architecture, narrow
-from finllm_prune.prepare import Prepared, engine_of, load_model, read, training_arguments
+from finllm_prune.loading import load_model
+from finllm_prune.prepare import Prepared, engine_of, read, training_arguments
 from finllm_prune.pruning import Group, Pruner, equal_widths
 from finllm_prune.recipe import Recipe
 from finllm_prune.training import PruningTrainer, Teacher

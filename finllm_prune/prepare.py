@@ -1,23 +1,15 @@
 """Everything that can be found wrong before training: output, data, model, rules, arguments."""
 
 import copy
-import json
 import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import transformers
-import yaml
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,30 +24,19 @@ from finllm_prune.evaluation import Engine, Target, on_cpu, price
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
+from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
 from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap, refuse_unsplittable
 from finllm_prune.recipe import Recipe
-from finllm_prune.tasks import Examples, Task, read_texts
+from finllm_prune.tasks import Examples, read_texts
 from finllm_prune.training import refuse_no_chain
 from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
+from finllm_prune.workfolder import CHECKPOINTS, check_batch, check_output, check_vocabulary, open_work
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 _MUCH = 10**9  # bytes of a criterion's state that are told before training
-_KEPT = "vocabulary.json"
-_BATCH = "batch.json"
-_SHARING = ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_backend")
 GRAPH_BYTES = 2**31
-_REMEDY = "use --overwrite to replace it, or set another output"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 @dataclass(frozen=True)
@@ -100,7 +81,8 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
     ready = read(recipe, resume=resume, overwrite=overwrite)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        _open_work(ready, resume)
+        trimmed = ready.vocabulary[0] if ready.vocabulary is not None else None
+        open_work(recipe, ready.work, ready.arguments, trimmed, resume)
     PartialState().wait_for_everyone()
     return ready
 
@@ -115,11 +97,11 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     refuse_unsupported(arguments)
     if asks_for_fsdp(arguments):
         _refuse_unsplittable(recipe)
-    _check_output(recipe, work, resume, overwrite)
+    check_output(recipe, work, resume, overwrite)
     if recipe.hub is not None:
         refuse_no_token(recipe.hub)
     if resume:
-        _check_batch(work, arguments)
+        check_batch(work, arguments)
     examples = recipe.task.load()
     location, origin = (
         locate(recipe.dense.checkpoint, "dense.checkpoint") if recipe.dense.checkpoint else locate(recipe.model.name)
@@ -141,7 +123,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
         architecture.keep_layers(small, recipe.model.keep_layers)
     groups = _check_rules(recipe, architecture, small)
     if resume and vocabulary is not None:
-        _check_vocabulary(work, vocabulary[0])
+        check_vocabulary(work, vocabulary[0])
     recipe.task.loss(examples)  # class weights that do not fit are told now
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
@@ -261,16 +243,6 @@ def _trim(
     return trimmed, change
 
 
-def _check_vocabulary(work: Path, trimmed: Trimmed) -> None:
-    """Checkpoints of other tokens would load, and mean something else."""
-    kept = work / CHECKPOINTS / _KEPT
-    if not kept.is_file() or tuple(json.loads(kept.read_text())) != trimmed.old:
-        raise InputError(
-            f"--resume: the texts that choose the vocabulary have changed since the run in {work} was started; bring them "
-            "back, or start afresh with --overwrite"
-        )
-
-
 def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> None:
     """What no ONNX graph can be made of, or none was tried on."""
     target = recipe.pruning.target
@@ -287,78 +259,6 @@ def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
                 f"{key}: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in "
                 f"fp32; {remedy}"
             )
-
-
-def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
-    """A model with a head for these labels; the report on its fresh head is not a warning here."""
-    try:
-        with without_load_report():
-            model: PreTrainedModel = task.auto_class.from_pretrained(
-                location,
-                **task.head_config(labels),
-                ignore_mismatched_sizes=True,
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
-    except Exception as error:  # transformers trips over a damaged file in many ways
-        raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
-    return model
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """transformers lists missing and unexpected weights at length; whoever loads here knows them or looks at them itself."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-
-
-def load_config(location: str, key: str = "model") -> PreTrainedConfig:
-    """The config of a model; a damaged one is one sentence with the recipe's key."""
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise InputError(f"{key}: the config of {location} cannot be read: {one_line(error)}") from error
-    return config
-
-
-def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; where a folder has none, transformers would silently make one that knows no words."""
-    if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
-        raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
-    return tokenizer
-
-
-class OtherLabels(InputError):
-    """A model that was fine-tuned on other classes than the data has."""
-
-
-def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | None = None) -> list[str]:
-    """The checkpoint's own order where it was trained on the same classes, as FinBERT's (positive, negative, neutral).
-
-    Raises:
-        OtherLabels: they are other classes, and ``must_match`` names a checkpoint that has to know them.
-    """
-    own = [name.lower() for name in class_names(config)]
-    causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-    if len(labels) == 1 and (len(own) == 1 or causal):
-        return labels  # one output means the same whatever it is called
-    by_name = {label.lower(): label for label in labels}
-    if sorted(own) == sorted(by_name):
-        return [by_name[name] for name in own]
-    if must_match is not None:
-        raise OtherLabels(
-            f"{must_match} predicts {', '.join(own)}, but the data has {', '.join(labels)}; "
-            "name a model that was fine-tuned on these labels"
-        )
-    return labels
 
 
 def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str, Any]) -> TrainingArguments:
@@ -380,72 +280,6 @@ def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str
         return TrainingArguments(**(ours | given))
     except (ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         raise InputError(f"training: transformers refuses these arguments: {one_line(error)}") from error
-
-
-def _check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:
-    output = recipe.output
-    if any(parent.is_file() for parent in output.absolute().parents):
-        raise InputError(f"output: {output} lies below a file; name a folder that can be made")
-    if output.exists() and not (output / "recipe.yaml").is_file():
-        raise InputError(
-            f"output: {output} exists and is not the output of a run, so it is left alone; set another output"
-        )
-    if resume:
-        if not work.is_dir():
-            raise InputError(f"--resume: there is no unfinished run in {work}; start it without --resume")
-        if not (work / "recipe.yaml").is_file():
-            raise InputError(f"--resume: {work} holds no recipe.yaml, so it is no run; start afresh with --overwrite")
-        started, now = _unsplit(yaml.safe_load((work / "recipe.yaml").read_text())), _unsplit(recipe.resolved)
-        if started != now:
-            changed = [key for key in now if started.get(key) != now[key]]
-            raise InputError(
-                f"--resume: the run in {work} was started with another recipe (it differs in {', '.join(changed)}); "
-                "resume with that one, or start afresh with --overwrite"
-            )
-    elif not overwrite:
-        if output.exists():
-            raise InputError(f"output: {output} exists; {_REMEDY}")
-        if work.exists():
-            raise InputError(f"output: an unfinished run lies in {work}; use --resume to go on with it, or --overwrite")
-
-
-def _unsplit(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without what says how many processes share a step, which may be others when a run goes on."""
-    training = {key: value for key, value in (resolved.get("training") or {}).items() if key not in _SHARING}
-    return resolved | {"training": training}
-
-
-def _check_batch(work: Path, arguments: TrainingArguments) -> None:
-    """The rows of a step are those that the run was started with, however many processes share them."""
-    kept = work / CHECKPOINTS / _BATCH
-    if kept.is_file() and (rows := json.loads(kept.read_text())) != _step_rows(arguments):
-        raise InputError(
-            f"--resume: a step of the run in {work} takes {rows} rows, and would take {_step_rows(arguments)}; set "
-            f"training.per_device_train_batch_size so that, times processes and gradient_accumulation_steps, it makes {rows}"
-        )
-
-
-def _step_rows(arguments: TrainingArguments) -> int:
-    rows: int = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    return rows
-
-
-def _open_work(ready: Prepared, resume: bool) -> None:
-    checkpoints = ready.work / CHECKPOINTS
-    if not resume:
-        shutil.rmtree(ready.work, ignore_errors=True)
-        checkpoints.mkdir(parents=True)
-        (ready.work / "recipe.yaml").write_text(yaml.safe_dump(ready.recipe.resolved, sort_keys=False))
-        (checkpoints / _BATCH).write_text(json.dumps(_step_rows(ready.arguments)))
-    if ready.vocabulary is not None:
-        checkpoints.mkdir(exist_ok=True)
-        (checkpoints / _KEPT).write_text(json.dumps(ready.vocabulary[0].old))
-
-
-def class_names(config: PreTrainedConfig) -> list[str]:
-    """The class names of a checkpoint, by index."""
-    names: dict[Any, str] = dict(config.id2label or {})
-    return [str(names[i]) for i in sorted(names)]
 
 
 def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> str | None:

@@ -18,7 +18,8 @@ from finllm_prune.evaluation import Report
 from finllm_prune.families import expand, find_architecture, shrink, without_effect
 from finllm_prune.inference import answer, gather_of
 from finllm_prune.judges import Judge
-from finllm_prune.prepare import CHECKPOINTS, Prepared, load_model, prepare, training_arguments
+from finllm_prune.loading import load_model
+from finllm_prune.prepare import Prepared, prepare, training_arguments
 from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, split_mesh
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import staged
@@ -35,6 +36,7 @@ from finllm_prune.training import (
     with_teacher_logits,
 )
 from finllm_prune.training.trainer import complete_checkpoint
+from finllm_prune.workfolder import CHECKPOINTS
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Report | None:

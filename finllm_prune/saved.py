@@ -16,7 +16,7 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows
 from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
-from finllm_prune.prepare import class_names, label_order, load_config, load_model, load_tokenizer
+from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, find_task
 from finllm_prune.tasks.classification import Classification

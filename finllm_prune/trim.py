@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.hub.base_model import locate
-from finllm_prune.prepare import load_config, load_tokenizer
+from finllm_prune.loading import load_config, load_tokenizer
 from finllm_prune.staging import staged
 from finllm_prune.tasks import read_texts
 from finllm_prune.vocabulary import Change, Trimmed, held_out, trim

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from finllm_prune.hub.base_model import locate
-from finllm_prune.prepare import without_load_report
+from finllm_prune.loading import without_load_report
 from finllm_prune.tasks.sentiment import Sentiment
 from finllm_prune.training import PruningTrainer
 

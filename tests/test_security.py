@@ -14,7 +14,7 @@ from finllm_prune.checkpoints.manifest import MANIFEST, sha256
 from finllm_prune.comparison import Compared, inert
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.hub.card import inert as inert_text
-from finllm_prune.prepare import load_tokenizer
+from finllm_prune.loading import load_tokenizer
 from finllm_prune.recipe import Recipe, parse
 from finllm_prune.tasks import find_task
 from tests.conftest import Call, tiny_model

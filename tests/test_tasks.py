@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.errors import InputError
-from finllm_prune.prepare import label_order, prepare
+from finllm_prune.loading import label_order
+from finllm_prune.prepare import prepare
 from finllm_prune.recipe import parse
 from finllm_prune.saved import evaluate_saved
 from finllm_prune.tasks import Examples, find_task

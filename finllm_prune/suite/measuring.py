@@ -18,7 +18,7 @@ from finllm_prune.evaluation.calibration import Calibration, calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, not_worse
 from finllm_prune.evaluation.tax import tax
 from finllm_prune.judges import Answers, ClassJudge, Indices, Judge
-from finllm_prune.prepare import OtherLabels
+from finllm_prune.loading import OtherLabels
 from finllm_prune.provenance import surroundings
 from finllm_prune.saved import Saved
 from finllm_prune.suite.kept import Kept

@@ -15,7 +15,8 @@ from bench.protocol import Protocol
 from finllm_prune.evaluation import compare, measure, removed
 from finllm_prune.families import find_family, shrink, without_effect
 from finllm_prune.inference import logits_of
-from finllm_prune.prepare import Prepared, load_model, prepare
+from finllm_prune.loading import load_model
+from finllm_prune.prepare import Prepared, prepare
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.run import dense as dense_of

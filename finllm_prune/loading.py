@@ -1,0 +1,100 @@
+"""Models, configs and tokenizers from folders; what is damaged or missing is one sentence with the recipe's key."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from finllm_prune.errors import InputError, one_line
+from finllm_prune.tasks import Task
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
+    """A model with a head for these labels; the report on its fresh head is not a warning here."""
+    try:
+        with without_load_report():
+            model: PreTrainedModel = task.auto_class.from_pretrained(
+                location,
+                **task.head_config(labels),
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+    except Exception as error:  # transformers trips over a damaged file in many ways
+        raise InputError(f"model: the weights of {location} cannot be loaded: {one_line(error)}") from error
+    return model
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """transformers lists missing and unexpected weights at length; whoever loads here knows them or looks at them itself."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def load_config(location: str, key: str = "model") -> PreTrainedConfig:
+    """The config of a model; a damaged one is one sentence with the recipe's key."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise InputError(f"{key}: the config of {location} cannot be read: {one_line(error)}") from error
+    return config
+
+
+def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; where a folder has none, transformers would silently make one that knows no words."""
+    if Path(location).is_dir() and not any((Path(location) / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(f"{key}: {location} holds no tokenizer; save the model's tokenizer into the same folder")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
+    return tokenizer
+
+
+class OtherLabels(InputError):
+    """A model that was fine-tuned on other classes than the data has."""
+
+
+def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | None = None) -> list[str]:
+    """The checkpoint's own order where it was trained on the same classes, as FinBERT's (positive, negative, neutral).
+
+    Raises:
+        OtherLabels: they are other classes, and ``must_match`` names a checkpoint that has to know them.
+    """
+    own = [name.lower() for name in class_names(config)]
+    causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    if len(labels) == 1 and (len(own) == 1 or causal):
+        return labels  # one output means the same whatever it is called
+    by_name = {label.lower(): label for label in labels}
+    if sorted(own) == sorted(by_name):
+        return [by_name[name] for name in own]
+    if must_match is not None:
+        raise OtherLabels(
+            f"{must_match} predicts {', '.join(own)}, but the data has {', '.join(labels)}; "
+            "name a model that was fine-tuned on these labels"
+        )
+    return labels
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """The class names of a checkpoint, by index."""
+    names: dict[Any, str] = dict(config.id2label or {})
+    return [str(names[i]) for i in sorted(names)]
