@@ -274,17 +274,19 @@ def _check_vocabulary(work: Path, trimmed: Trimmed) -> None:
 def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> None:
     """What no ONNX graph can be made of, or none was tried on."""
     target = recipe.pruning.target
-    asked = [name for name in (*recipe.export, target.runtime if target else "torch") if name in SERVED]
-    if asked and not isinstance(architecture, Family):
-        raise InputError(
-            f"export: {asked[0]} is made of models with a family, and {model.config.model_type} has none; "
-            "drop it from export and target"
-        )
-    if asked and model.num_parameters() * 4 > GRAPH_BYTES:
-        raise InputError(
-            f"export: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in fp32; "
-            f"drop {asked[0]} from export and target"
-        )
+    asked = [("export", name, f"drop {name} from export") for name in recipe.export if name in SERVED]
+    if target is not None and target.runtime in SERVED:
+        asked.append(("pruning.target.runtime", target.runtime, "use torch"))
+    for key, name, remedy in asked[:1]:
+        if not isinstance(architecture, Family):
+            raise InputError(
+                f"{key}: {name} is made of models with a family, and {model.config.model_type} has none; {remedy}"
+            )
+        if model.num_parameters() * 4 > GRAPH_BYTES:
+            raise InputError(
+                f"{key}: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in "
+                f"fp32; {remedy}"
+            )
 
 
 def load_model(task: Task, location: str, labels: list[str]) -> PreTrainedModel:
