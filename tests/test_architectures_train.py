@@ -66,7 +66,7 @@ def test_a_model_without_a_family_runs_on_patterns(
          r"target 'mlp' matches no linear layer; no family is known for model_type 'ernie' .*are as ernie\.encoder"),
         ("ernie", NO_FAMILY | {"keep_layers": [0]}, r"model\.keep_layers: no family is known .*leave the key out"),
         ("ernie", NO_FAMILY | {"export": ["masked", "onnx"]},
-         "^export: onnx is made of models with a family, and ernie has none; drop it from export$"),
+         "^export: onnx is made of models with a family, and ernie has none; drop onnx from export$"),
         ("bert", {"pruning": {"rules": [NEURONS | {"target": "attention", "structure": "head"}]}},
          "export: compact can leave out nothing of what these rules cut in a bert model"),
         ("bert", {"pruning": {"rules": [NEURONS | {"target": "encoder", "structure": "layer"}]}},
