@@ -76,3 +76,13 @@ def test_loss_is_the_paper_s_whatever_the_rows_are_filled_up_with(name, rows) ->
         loss.backward()
         assert torch.isfinite(filled.grad).all()
         assert (filled.grad[relevance < 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_judgements_from_1_to_1000_are_no_overflow(name: str) -> None:
+    found = torch.zeros(1, 3, requires_grad=True)
+    loss = ranking_loss(name, margin=0.7)(found, torch.tensor([[1000, 1, 0]]))
+    loss.backward()
+    assert loss.isfinite()
+    assert found.grad is not None
+    assert found.grad[0, 0] < 0 < found.grad[0, 2], "the better passage rises"

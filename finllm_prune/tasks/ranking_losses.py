@@ -52,7 +52,7 @@ def listnet(scores: Tensor, relevance: Tensor) -> Tensor:
     that long lists do not drown the relevant ones.
     """
     gains = _gains(relevance)
-    parts = gains / gains.sum(1, keepdim=True).clamp_min(1.0)
+    parts = gains / gains.sum(1, keepdim=True).clamp_min(1e-9)
     logs = F.log_softmax(scores.float().masked_fill(relevance < 0, -torch.inf), -1)
     return -(parts * logs.masked_fill(relevance < 0, 0.0)).sum(1).mean()
 
@@ -94,7 +94,10 @@ def _differences(values: Tensor) -> Tensor:
 
 
 def _gains(relevance: Tensor) -> Tensor:
-    return 2.0 ** relevance.clamp_min(0).float() - 1.0
+    """``2^relevance - 1`` as parts of ``2^the row's highest relevance``: a judgement of 1 to 1000 is no overflow."""
+    grades = relevance.clamp_min(0).float()
+    top = grades.amax(1, keepdim=True)
+    return torch.exp2(grades - top) - torch.exp2(-top)
 
 
 def _discounts(ranks: Tensor) -> Tensor:

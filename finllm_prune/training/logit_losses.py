@@ -37,7 +37,7 @@ def margin_mse(student: Tensor, teacher: Tensor, relevance: Tensor) -> Tensor:
         relevance: of the passages; below 0 there is none.
     """
     pairs = (relevance[:, :, None] > relevance[:, None, :]) & (relevance >= 0)[:, None, :]
-    off = (student - teacher).float()
+    off = student.float() - teacher.float()
     squares = (off[:, :, None] - off[:, None, :]).square()
     total: Tensor = squares.where(pairs, 0.0).sum() / pairs.sum().clamp_min(1)
     return total
