@@ -165,6 +165,8 @@ def test_bm25_finds_what_shares_words(tmp_path: Path) -> None:
         assert set(found[f"q-{topic}2"]) == {f"{topic}{i}" for i in range(4)}
     (nothing,) = BM25().search(data.passages, [{"q": "zebra"}], 4)
     assert nothing == {"q": []}
+    with pytest.raises(InputError, match=r"^task\.bm25: no passage holds a word"):
+        BM25().search({"a": "of the", "b": "and"}, [queries], 4)
 
 
 def test_lists_hold_what_is_relevant_and_others_of_the_pool() -> None:

@@ -37,10 +37,19 @@ class BM25:
     def search(
         self, passages: Mapping[str, str], queries: Sequence[Mapping[str, str]], count: int
     ) -> list[dict[str, list[str]]]:
-        """For each set of queries: query id -> ids of at most ``count`` passages that share a word with it, best first."""
+        """For each set of queries: query id -> ids of at most ``count`` passages that share a word with it, best first.
+
+        Raises:
+            InputError: no passage holds a word.
+        """
         shown, ids = sys.stderr.isatty(), np.array(list(passages))
         index = bm25s.BM25(k1=self.k1, b=self.b)
-        index.index(bm25s.tokenize(list(passages.values()), stopwords="en", show_progress=shown), show_progress=shown)
+        held = bm25s.tokenize(list(passages.values()), stopwords="en", show_progress=shown)
+        if not any(held.ids):
+            raise InputError(
+                "task.bm25: no passage holds a word but stop words; give candidates/<split>.tsv of another search"
+            )
+        index.index(held, show_progress=shown)
         found = []
         for texts in queries:
             words = bm25s.tokenize(list(texts.values()), stopwords="en", show_progress=shown)
