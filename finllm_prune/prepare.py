@@ -20,7 +20,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.checkpoints import SERVED, find_engine
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import Engine, Target, on_cpu, price
+from finllm_prune.evaluation import Engine, Target, on_cpu, price, refuse_one_unit
 from finllm_prune.families import Architecture, Family, find_architecture
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
@@ -138,8 +138,10 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
 
 
 def _check_gates(recipe: Recipe, examples: Examples) -> None:
-    """A gate on what another task measures."""
-    metrics = recipe.task.judge(examples).metrics
+    """A gate on what another task measures, or a test split on which nothing can be measured."""
+    judge = recipe.task.judge(examples)
+    refuse_one_unit(judge)
+    metrics = judge.metrics
     for name in recipe.gates:
         if name.removesuffix("_retention") not in (*metrics, "agreement", "latency_ratio"):
             raise InputError(f"gates.{name}: this task does not measure it but {', '.join(metrics)}; name one of these")
@@ -206,11 +208,12 @@ def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedCon
                 f"export: {name} can leave out nothing of what these rules cut in a {config.model_type} model; drop {name} "
                 "from export, or add a rule with structure: neuron"
             )
-    wrong = "kl" if config.num_labels == 1 else "margin_mse"
-    if recipe.distillation is not None and recipe.distillation.logits == wrong:
+    absent = {"kl": "classes"} if config.num_labels == 1 else {}
+    absent |= {} if recipe.task.pipeline_tag == "text-ranking" else {"margin_mse": "passages"}
+    if recipe.distillation is not None and (what := absent.get(recipe.distillation.logits)) is not None:
         raise InputError(
-            f"distillation.logits: {wrong} compares {'classes' if wrong == 'kl' else 'passages'}, which the outputs for this "
-            "task are not; use auto"
+            f"distillation.logits: {recipe.distillation.logits} compares {what}, which the outputs for this task are not; "
+            "use auto"
         )
     if recipe.distillation is not None and recipe.distillation.compares_layers and architecture.depth_of(config) == 0:
         raise InputError(

@@ -328,7 +328,7 @@ def test_a_collapsed_model_is_never_a_success(
     ]  # fmt: skip
     assert call("run", home / "mine.yaml", *changes) == 3
     assert report(out)["collapsed"] is True
-    assert "it predicts one class for every text" in capsys.readouterr().out
+    assert "it gives every text the same answer" in capsys.readouterr().out
     card = (out / "masked" / "README.md").read_text()
     assert "COLLAPSED" in card
     assert "on the way" not in card, "nothing was recorded"

@@ -124,6 +124,34 @@ def test_a_gate_of_another_task_is_refused_before_training(tmp_path: Path, tiny_
         read(parse(content))
 
 
+@pytest.mark.parametrize(
+    ("change", "rows", "said"),
+    [
+        ({"distillation": {"logits": "margin_mse"}}, 3, r"distillation\.logits: margin_mse compares passages"),
+        ({}, 1, r"task\.dataset: the test split has 1 row, and two models"),
+    ],
+    ids=["margins of numbers", "one test row"],
+)
+def test_what_no_run_can_end_with_is_refused_before_it(
+    change: dict[str, Any], rows: int, said: str, tmp_path: Path, tiny_folder: small.TinyFolder
+) -> None:
+    content = recipe(tmp_path, tiny_folder()) | change
+    test = Path(content["task"]["dataset"]) / "test.jsonl"
+    test.write_text("".join(test.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{said}"):
+        read(parse(content))
+
+
+def test_a_correlation_below_zero_keeps_no_part_of_itself() -> None:
+    right = np.linspace(-1.0, 1.0, 9)
+    judge = ScoreJudge(right, ("pearson", "mse"), tolerance=0.1)
+    dense, pruned = (torch.as_tensor(sign * right)[:, None] for sign in (-0.1, -1.0))
+    quality = compare(judge, dense, pruned, resamples=9)
+    assert quality.metrics["pearson"]["dense"] == pytest.approx(-1.0)
+    assert quality.retention["pearson"] == 0.0, "a gate on the part that is left does not pass"
+    assert quality.retention["mse"] > 1
+
+
 def test_losses_are_their_formulas() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(8, 1, generator=generator), torch.randn(8, generator=generator).double()

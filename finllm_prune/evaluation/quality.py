@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from finllm_prune.errors import InputError
 from finllm_prune.judges import Indices, Judge
 
 
@@ -19,7 +20,7 @@ class Quality:
     Args:
         metrics: name -> ``dense`` and ``pruned`` values and their ``difference`` (pruned - dense), each with its 95 % bootstrap
             interval (``..._interval``), the difference's over the same units of both.
-        retention: name -> pruned / dense.
+        retention: name -> pruned / dense; 0 where the dense value is not above 0, of which no part can be kept.
         agreement: the part of units (rows, or queries) for which both models decide the same.
         flips: how many units lost and won by pruning: ``right_to_wrong`` and ``wrong_to_right`` where there is a right answer.
         paired_test: the name of the test that neither model is better.
@@ -42,7 +43,7 @@ class Quality:
     @property
     def collapse(self) -> str:
         """What a collapsed model does."""
-        return "scores all passages of a query alike" if self.unit == "query" else "predicts one class for every text"
+        return "scores all passages of a query alike" if self.unit == "query" else "gives every text the same answer"
 
 
 def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resamples: int = 999) -> Quality:
@@ -53,7 +54,11 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
         dense, pruned: logits, shape (rows, outputs), see ``logits_of``.
         seed: of the bootstrap.
         resamples: of the bootstrap.
+
+    Raises:
+        InputError: there is one unit.
     """
+    refuse_one_unit(judge)
     answers = {"dense": judge.answers(dense), "pruned": judge.answers(pruned)}
     values: dict[str, dict[str, Any]] = {name: {} for name in judge.metrics}
     for name, value in values.items():
@@ -72,7 +77,7 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
     test, p = judge.paired_test(**answers)
     return Quality(
         metrics=values,
-        retention={name: v["pruned"] / v["dense"] if v["dense"] else 0.0 for name, v in values.items()},
+        retention={name: v["pruned"] / v["dense"] if v["dense"] > 0 else 0.0 for name, v in values.items()},
         agreement=float(judge.same(*answers.values()).mean()),
         flips=dict(zip(judge.flips, (int((now < was).sum()), int((now > was).sum())), strict=True)),
         paired_test=test,
@@ -81,6 +86,14 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
         collapsed=judge.collapsed(answers["pruned"]),
         unit=judge.unit,
     )
+
+
+def refuse_one_unit(judge: Judge) -> None:
+    """Intervals are drawn from several."""
+    if len(judge) < 2:
+        raise InputError(
+            f"task.dataset: the test split has {len(judge)} {judge.unit}, and two models are compared by two or more; add some"
+        )
 
 
 def _resampled(metric: Callable[[Indices], float], units: int, seed: int, resamples: int) -> NDArray[np.float64]:
