@@ -1,5 +1,6 @@
 """Windows: a document's answer is made of all its windows, in training, evaluation and use alike; evaluate knows its recipe."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ def test_windows_cover_the_document_and_share_their_ends(
         assert window == [2, *content[begin : begin + room], 3]
     if len(windows) < most:
         assert windows[-1][-2:-1] == content[-1:] or not content, "the last window ends where the document ends"
+
+
+@pytest.mark.parametrize("most", [1, 3, 50])
+def test_a_model_that_cuts_the_beginning_has_its_own_windows(tokenizer: PreTrainedTokenizerFast, most: int) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.truncation_side = "left"
+    text = "Profit rose by a third. " * 60
+    whole = tokenizer(text, truncation=True, max_length=16, stride=3, return_overflowing_tokens=True)["input_ids"]
+    assert windows_of([text], 16, 3, most, tokenizer) == [whole[:most]]
 
 
 def test_pooling_is_of_each_document() -> None:

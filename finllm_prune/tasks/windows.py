@@ -32,6 +32,8 @@ def windows_of(
         raise InputError(
             "task.strategy: windows are made by fast tokenizers (tokenizer.json), and this model has none; use head"
         )
+    if tokenizer.truncation_side != "right":  # the first window is then the end of the text
+        return [windows[:most] for windows in _cut(texts, limit, stride, tokenizer)]
     starts = [start_of(text, room + most * (room - stride)) for text in texts]
     found = _cut(starts, limit, stride, tokenizer)
     for i, windows in enumerate(found):
