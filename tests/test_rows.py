@@ -87,6 +87,14 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, caplog: pytest.
     assert "line 9, has the id 0 in column 'id' a second time; and 1 more." in record.message
 
 
+def test_rows_without_an_id_are_not_copies_of_each_other(tmp_path: Path) -> None:
+    for split in small.SPLITS:
+        rows = [row | {"id": f"{split}{i}" if i else None} for i, row in enumerate(small.rows(split))]
+        small.write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    with pytest.raises(InputError, match=r"train\.jsonl, line 1, has no id in column 'id' \(the first of 3 bad rows\)"):
+        Sentiment(dataset=str(tmp_path), id_column="id").load()
+
+
 def test_bad_rows_are_refused_by_default_with_the_first_and_the_count(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     dirty(folder)

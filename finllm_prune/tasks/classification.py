@@ -3,8 +3,7 @@
 That is one of some labels, several of them (``label_sets``), or a number (``scores``).
 """
 
-import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,17 +23,17 @@ from transformers import (
 from finllm_prune.errors import InputError
 from finllm_prune.judges import ClassJudge, Judge, LabelSetJudge, ScoreJudge
 from finllm_prune.tasks.batchwise import Batch, rewritten
-from finllm_prune.tasks.ends import first_tokens
+from finllm_prune.tasks.ends import columns_of, first_tokens
+from finllm_prune.tasks.label_column import LabelColumn
 from finllm_prune.tasks.label_sets import LabelSetLoss, LabelSets, positive_weights
-from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
+from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers, without_names
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
-from finllm_prune.tasks.splitting import SPLITS, Split, leakage, without_copies
-from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, check_columns, read_splits, split_files, take
+from finllm_prune.tasks.splitting import SPLITS, Split, divided, filled, leakage, without_copies
+from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, check_columns, read_splits, split_files
 
 Tables = dict[str, datasets.Dataset]
-_SCORE = "score"  # what the one output of a regression is called
 
 
 @dataclass(frozen=True)
@@ -98,15 +97,7 @@ class Classification:
             raise InputError(f"task.max_length: a text needs at least 3 tokens, not {self.max_length}")
         if self.focal_gamma < 0:
             raise InputError(f"task.focal_gamma: the power is not negative, as {self.focal_gamma:g} is")
-        self._refuse_beside_other_labels()
-        if self.thresholds is not None:
-            if self.labels is None or len(self.labels) != len(self.thresholds) + 1:
-                raise InputError(
-                    "task.thresholds: name the classes from the lowest to the highest in task.labels, one more than "
-                    "there are thresholds"
-                )
-            if sorted(set(self.thresholds)) != self.thresholds:
-                raise InputError(f"task.thresholds: they ascend, as {self.thresholds} do not")
+        self._label_column.check({"focal_gamma": self.focal_gamma, "class_weights": self.class_weights})
 
     def load(self) -> Examples:
         left_out: dict[str, list[int]] | None = {} if self.bad_rows == "skip" else None
@@ -115,9 +106,8 @@ class Classification:
             raise InputError(
                 f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}; add them, or set task.split"
             )
-        labels = self._names(raw, source) if self.labels is None else self.labels
-        if self.scores is None and len(set(labels)) < max(2, len(labels)):
-            raise InputError(f"task.labels: at least two different class names are needed, not {labels}")
+        # Of all rows, where training rows are yet to be drawn.
+        labels = self._label_column.names({name: raw[name] for name in (raw if self.split else ["train"])}, source)
         tables = {name: raw[name] for name in SPLITS if name in raw}
         for name, rows in tables.items():
             check_columns(rows, self._columns(), f"{source}, split {name}")
@@ -128,14 +118,16 @@ class Classification:
         self._check_ids(tables, bad)
         facts: dict[str, Any] = {"bad_rows": bad.settle(self.bad_rows)}
         good = {name: bad.good(name) for name in splits}
-        splits = {name: _filled(rows.select(good[name]), name) for name, rows in splits.items()}
+        splits = {name: filled(rows.select(good[name]), name) for name, rows in splits.items()}
         if self.mask is not None or self.normalise_numbers:
             names = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
-            splits, masked = self._without_names(splits, [name for name in names if isinstance(name, str)])
+            known = [name for name in names if isinstance(name, str)]
+            masker = None if self.mask is None else Masker([*self.mask.listed(), *known], self.mask.word)
+            splits, masked = without_names(splits, masker, self.normalise_numbers)
             facts |= {} if self.mask is None else {"masked": masked}
         splits = {name: self._with_kept(rows, tables[name].select(good[name])) for name, rows in splits.items()}
         if self.split is not None:
-            splits, facts["split"] = _divided(
+            splits, facts["split"] = divided(
                 splits, [keys[name][row] for name in splits for row in good[name]], self.split
             )
         splits = self._complete(splits, source)
@@ -207,6 +199,10 @@ class Classification:
         """What of a text is there to be learned from."""
         return text
 
+    @property
+    def _label_column(self) -> LabelColumn:
+        return LabelColumn(self.label_column, self.labels, self.thresholds, self.scores, self.label_sets)
+
     def _columns(self) -> dict[str, str]:
         """The key that names a column -> the column."""
         asked = {
@@ -233,13 +229,13 @@ class Classification:
                 for row, text in zip(rows, made[name], strict=True):
                     if not text.strip():
                         bad.add(split, row, "no text", f"has no text in column '{column}'")
-            made["label"] = self._labels(batch[self.label_column], labels)
+            made["label"] = self._label_column.read(batch[self.label_column], labels)
             for row, value, label in zip(rows, batch[self.label_column], made["label"], strict=True):
                 if label is None:
-                    bad.add(split, row, *self._fault(value, labels))
+                    bad.add(split, row, *self._label_column.fault(value, labels))
             return made
 
-        types = dict.fromkeys(texts, datasets.Value("string")) | {"label": self._label_type()}
+        types = dict.fromkeys(texts, datasets.Value("string")) | {"label": self._label_column.feature}
         asked = list(dict.fromkeys([*texts.values(), self.label_column]))
         return rewritten(raw.select_columns(asked), read, datasets.Features(types))
 
@@ -248,7 +244,9 @@ class Classification:
         ids: set[Any] = set()
         for split, rows in tables.items() if self.id_column is not None else ():
             for row, name in enumerate(rows[self.id_column]):
-                if name in ids:
+                if name is None or name == "":
+                    bad.add(split, row, "no id", f"has no id in column '{self.id_column}'")
+                elif name in ids:
                     bad.add(
                         split, row, "duplicate id", f"has the id {name!r} in column '{self.id_column}' a second time"
                     )
@@ -267,73 +265,6 @@ class Classification:
                     what = f"has nothing to split by in column '{self.split.by}'"
                     bad.add(split, row, "no place in the split", what)
         return keys
-
-    def _label_type(self) -> Any:
-        if self.label_sets is not None:
-            return datasets.List(datasets.Value("float32"))
-        return datasets.Value("int64" if self.scores is None else "float64")
-
-    def _labels(self, values: Sequence[Any], labels: list[str]) -> list[Any]:
-        """What is learned of these values of the label column: indices, numbers, or 0 and 1 for each label; None for others."""
-        if self.scores is not None:
-            return self.scores.read(values)
-        if self.label_sets is not None:
-            return self.label_sets.read(values, labels)
-        if (thresholds := self.thresholds) is not None:
-            numbers = Scores().read(values)
-            return [None if number is None else bisect.bisect_right(thresholds, number) for number in numbers]
-        index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
-        return [index.get(value) if isinstance(value, str | int | float) else None for value in values]
-
-    def _fault(self, value: Any, labels: list[str]) -> tuple[str, str]:
-        """What is wrong with a value of the label column: its kind, and a predicate."""
-        if self.scores is not None:
-            return "no number", f"has {value!r} in column '{self.label_column}', which is no number"
-        if self.label_sets is not None and self.label_sets.split(value) is None:
-            what = (
-                f"has no list of labels in column '{self.label_column}' but {value!r}; name task.label_sets.separator"
-            )
-            return "no list", what
-        return "unknown label", f"has the unknown label {value!r}; known are {', '.join(labels)}"
-
-    def _refuse_beside_other_labels(self) -> None:
-        """Keys for one class of each row do not go with numbers or sets."""
-        if self.scores is None and self.label_sets is None:
-            return
-        kind, own = ("scores", "numbers") if self.scores is not None else ("label_sets", "several labels")
-        given: dict[str, Any] = {
-            "label_sets": self.scores and self.label_sets,
-            "thresholds": self.thresholds,
-            "focal_gamma": self.focal_gamma,
-        }
-        if self.scores is not None:
-            given |= {"labels": self.labels, "class_weights": self.class_weights}
-        for key, value in given.items():
-            if value:
-                raise InputError(
-                    f"task.{key}: this does not go with task.{kind}, where rows have {own}; remove one of the two"
-                )
-
-    def _without_names(self, splits: Tables, names: list[str]) -> tuple[Tables, dict[str, int]]:
-        """All texts without names and figures, as asked for; and split -> rows in which there was a name."""
-        masker = None if self.mask is None else Masker([*self.mask.listed(), *names], self.mask.word)
-        counts = dict.fromkeys(splits, 0)
-
-        def change(split: str, batch: Batch) -> Batch:
-            texts = {name: batch[name] for name in ("text", "pair") if name in batch}
-            if masker is not None:
-                masked = {name: [masker(text) for text in column] for name, column in texts.items()}
-                pairs = zip(zip(*texts.values(), strict=True), zip(*masked.values(), strict=True), strict=True)
-                counts[split] += sum(before != after for before, after in pairs)
-                texts = masked
-            if self.normalise_numbers:
-                texts = {name: [normalise_numbers(text) for text in column] for name, column in texts.items()}
-            return batch | texts
-
-        def of(split: str) -> Callable[[Batch, Sequence[int]], Batch]:
-            return lambda batch, _: change(split, batch)
-
-        return {name: rewritten(rows, of(name), rows.features) for name, rows in splits.items()}, counts
 
     def _with_kept(self, rows: datasets.Dataset, raw: datasets.Dataset) -> datasets.Dataset:
         """``keep_columns`` beside the texts, whatever these and their labels were called."""
@@ -357,41 +288,6 @@ class Classification:
         whole["train"] = train
         return {name: whole[name] for name in SPLITS}
 
-    def _names(self, raw: datasets.DatasetDict, source: str) -> list[str]:
-        """The labels of the training rows; of all rows where training rows are yet to be drawn."""
-        if self.scores is not None:
-            return [_SCORE]
-        taken = {name: raw[name] for name in (raw if self.split else ["train"])}
-        columns = [
-            take(rows, {"label_column": self.label_column}, f"{source}, split {name}")["label_column"]
-            for name, rows in taken.items()
-        ]
-        values = [value for column in columns for value in column if value is not None]
-        feature = next(iter(taken.values())).features[self.label_column]
-        if self.label_sets is not None:
-            values = [name for value in values for name in self.label_sets.split(value) or ()]
-            feature = getattr(feature, "feature", feature)
-        if isinstance(feature, datasets.ClassLabel):
-            return list(feature.names)
-        others = [value for value in values if not isinstance(value, str)]
-        if any(isinstance(value, float) and not value.is_integer() for value in others):
-            raise InputError(
-                f"task.thresholds: column '{self.label_column}' of {source} holds scores: learn them as such by "
-                "task.scores: {}, or give those that divide the classes of task.labels, as thresholds: [-0.2, 0.2]"
-            )
-        if others:
-            raise InputError(
-                f"task.labels: column '{self.label_column}' of {source} holds {others[0]!r} and the like, not names; "
-                "list the class names in the order of their indices"
-            )
-        names = sorted(set(values))
-        if len(names) < 2:
-            raise InputError(
-                f"task.dataset: all rows of {source} have the same label ({', '.join(names) or 'none'}); "
-                "there is nothing to learn"
-            )
-        return names
-
 
 def _summary(numbers: list[float]) -> dict[str, float]:
     return {"lowest": min(numbers), "mean": float(np.mean(numbers)), "highest": max(numbers)}
@@ -400,31 +296,3 @@ def _summary(numbers: list[float]) -> dict[str, float]:
 def _values(tables: Tables, column: str, rows: dict[str, list[int]] | None = None) -> list[Any]:
     """A small column of all splits, one after the other, or of these rows of each."""
     return [v for name, table in tables.items() for v in (table.select(rows[name]) if rows else table)[column]]
-
-
-def _filled(rows: datasets.Dataset, split: str) -> datasets.Dataset:
-    if len(rows) == 0:
-        raise InputError(f"task.dataset: no row of {split} is good; mend the data")
-    return rows
-
-
-def columns_of(ids: list[list[int]]) -> Batch:
-    """What a model takes of single texts, none of them padded."""
-    return {"input_ids": ids, "attention_mask": [[1] * len(own) for own in ids]}
-
-
-def _divided(splits: Tables, keys: list[Any], split: Split) -> tuple[Tables, dict[str, Any]]:
-    """All rows in splits made anew, and what these are, for the report."""
-    whole = datasets.concatenate_datasets(list(splits.values()))
-    keys = keys if split.by is not None else list(range(len(whole)))
-    time = split.by is not None and not isinstance(keys[0], str)
-    parts = split.divide(keys, time)
-    fact: dict[str, Any] = {"by": split.by, "kind": "time" if time else "group" if split.by else "random"}
-    for name, rows in parts.items() if split.by else ():
-        values = [keys[row] for row in rows]
-        fact[name] = (
-            [str(value).removesuffix(" 00:00:00+00:00") for value in (min(values), max(values))]
-            if time
-            else len(set(values))
-        )
-    return {name: _filled(whole.select(rows), name) for name, rows in parts.items()}, fact

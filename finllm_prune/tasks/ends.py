@@ -32,6 +32,11 @@ def both_ends(texts: Sequence[str], limit: int, head: float, tokenizer: PreTrain
     return [_both_ends(text, first, limit - first, tokenizer) for text in texts]
 
 
+def columns_of(ids: list[Ids]) -> dict[str, list[Ids]]:
+    """What a model takes of single texts, none of them padded."""
+    return {"input_ids": ids, "attention_mask": [[1] * len(own) for own in ids]}
+
+
 def _both_ends(text: str, first: int, last: int, tokenizer: PreTrainedTokenizerBase) -> Ids:
     if len(text) > 2 * _CHARACTERS * (first + last):
         start, end = _encode([start_of(text, first + last), _end_of(text, first + last)], tokenizer)

@@ -12,9 +12,9 @@ from transformers import DataCollator, PreTrainedTokenizerBase
 from finllm_prune.errors import InputError
 from finllm_prune.judges import ClassJudge, Judge
 from finllm_prune.tasks.batchwise import Batch, rewritten
-from finllm_prune.tasks.classification import Classification, columns_of
+from finllm_prune.tasks.classification import Classification
 from finllm_prune.tasks.collating import PartsCollator
-from finllm_prune.tasks.ends import both_ends
+from finllm_prune.tasks.ends import both_ends, columns_of
 from finllm_prune.tasks.markup import plain_text
 from finllm_prune.tasks.skew import SkewLoss
 from finllm_prune.tasks.task import Examples, Loss

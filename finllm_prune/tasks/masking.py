@@ -1,12 +1,15 @@
 """Words that a model is not to learn: names of companies, tickers, figures."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import datasets
+
 from finllm_prune.errors import InputError
+from finllm_prune.tasks.batchwise import Batch, rewritten
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -91,3 +94,26 @@ def _stands(name: str, text: str, start: int) -> bool:
     end = start + len(name)
     goes_on = end < len(text) and re.match(r"\w", text[end]) and re.match(r"\w", name[-1])
     return text.startswith(name, start) and not goes_on
+
+
+def without_names(
+    splits: dict[str, datasets.Dataset], masker: Masker | None, numbers: bool
+) -> tuple[dict[str, datasets.Dataset], dict[str, int]]:
+    """All texts without names and, if asked, without ``numbers``; and split -> rows in which there was a name."""
+    counts = dict.fromkeys(splits, 0)
+
+    def change(split: str, batch: Batch) -> Batch:
+        texts = {name: batch[name] for name in ("text", "pair") if name in batch}
+        if masker is not None:
+            masked = {name: [masker(text) for text in column] for name, column in texts.items()}
+            pairs = zip(zip(*texts.values(), strict=True), zip(*masked.values(), strict=True), strict=True)
+            counts[split] += sum(before != after for before, after in pairs)
+            texts = masked
+        if numbers:
+            texts = {name: [normalise_numbers(text) for text in column] for name, column in texts.items()}
+        return batch | texts
+
+    def of(split: str) -> Callable[[Batch, Sequence[int]], Batch]:
+        return lambda batch, _: change(split, batch)
+
+    return {name: rewritten(rows, of(name), rows.features) for name, rows in splits.items()}, counts

@@ -94,6 +94,32 @@ class Split:
         return train, min(max(validation, train + 1), len(sizes) - 1)
 
 
+def divided(
+    splits: dict[str, datasets.Dataset], keys: list[Any], split: Split
+) -> tuple[dict[str, datasets.Dataset], dict[str, Any]]:
+    """All rows in splits made anew, and what these are, for the report."""
+    whole = datasets.concatenate_datasets(list(splits.values()))
+    keys = keys if split.by is not None else list(range(len(whole)))
+    time = split.by is not None and not isinstance(keys[0], str)
+    parts = split.divide(keys, time)
+    fact: dict[str, Any] = {"by": split.by, "kind": "time" if time else "group" if split.by else "random"}
+    for name, rows in parts.items() if split.by else ():
+        values = [keys[row] for row in rows]
+        fact[name] = (
+            [str(value).removesuffix(" 00:00:00+00:00") for value in (min(values), max(values))]
+            if time
+            else len(set(values))
+        )
+    return {name: filled(whole.select(rows), name) for name, rows in parts.items()}, fact
+
+
+def filled(rows: datasets.Dataset, split: str) -> datasets.Dataset:
+    """The rows of a split, of which there has to be one."""
+    if len(rows) == 0:
+        raise InputError(f"task.dataset: no row of {split} is good; mend the data")
+    return rows
+
+
 def _dates(values: Sequence[Any]) -> list[pd.Timestamp | None]:
     """Dates, and ISO 8601 texts with at least year and month; numbers and other texts are none."""
     is_number = (int, float)
