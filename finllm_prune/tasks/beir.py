@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import datasets
 
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.splitting import SPLITS
+from finllm_prune.tasks.task import of_hub
 
 # What a split is called where: the first name that is there is taken.
 _NAMES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
 _JUDGEMENT = "is no judgement: query id, passage id and a whole number, with tabs between them"
 
-T = TypeVar("T")
 Judged = dict[str, dict[str, int]]
 Pools = dict[str, list[str]]
 
@@ -72,8 +72,6 @@ def read_beir(dataset: str, builtin: Path, choice: Choice) -> Retrieval:
     elif (folder := Path(dataset)).is_dir():
         is_copy = not any(folder.glob("corpus.jsonl*")) and (folder / "README.md").is_file()
         tables, source = _hub(dataset) if is_copy else _folder(folder), f"the local folder {folder.name}"
-    elif folder.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
-        raise InputError(f"task.dataset: there is no folder '{dataset}'; name a folder, a Hub id, or builtin")
     else:
         tables, source = _hub(dataset), f"{dataset} of the Hugging Face Hub"
     if "qrels/test" not in tables:
@@ -224,7 +222,7 @@ def _without_header(table: Table) -> Table:
 
 def _hub(name: str) -> dict[str, Table]:
     """The two layouts that are usual there."""
-    configs = _of_hub(name, lambda: datasets.get_dataset_config_names(name))
+    configs = of_hub(name, lambda: datasets.get_dataset_config_names(name))
     if missing := [config for config in ("corpus", "queries") if config not in configs]:
         raise InputError(
             f"task.dataset: {name} has the configs {', '.join(configs)} and not {missing[0]}, so it is not in BEIR's "
@@ -232,23 +230,13 @@ def _hub(name: str) -> dict[str, Table]:
         )
     tables = {}
     for config in ("corpus", "queries"):
-        splits = _of_hub(name, partial(datasets.load_dataset, name, config))
+        splits = of_hub(name, partial(datasets.load_dataset, name, config))
         tables[config] = Table(Path(name), [row for rows in splits.values() for row in rows])
     own = next((config for config in ("default", "qrels") if config in configs), None)
-    judged = _of_hub(name, lambda: datasets.load_dataset(*([name, own] if own else [f"{name}-qrels"])))
+    judged = of_hub(name, lambda: datasets.load_dataset(*([name, own] if own else [f"{name}-qrels"])))
     for split, names in _NAMES.items():
         for found in [each for each in names if each in judged][:1]:
             columns = [list(judged[found][column]) for column in ("query-id", "corpus-id", "score")]
             rows = [[str(query), str(passage), f"{score:g}"] for query, passage, score in zip(*columns, strict=True)]
             tables[f"qrels/{split}"] = Table(Path(name), rows)
     return tables
-
-
-def _of_hub(name: str, load: Callable[[], T]) -> T:
-    try:
-        return load()
-    except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"task.dataset: '{name}' is neither a local folder nor a data set that the Hub gave ({one_line(error)}); "
-            "check the name and the network, or download it and name its folder"
-        ) from error

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
 from datasets.fingerprint import get_temporary_cache_files_directory
 from torch import Tensor
 from transformers import DataCollator, PreTrainedConfig, PreTrainedTokenizerBase
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, one_line
 from finllm_prune.judges import Judge
 from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.rows import bare_null, copy_readable, not_utf8
@@ -22,6 +22,7 @@ from finllm_prune.tasks.rows import bare_null, copy_readable, not_utf8
 BUILTIN = Path(__file__).parents[1] / "data"
 PARQUET = "refs/convert/parquet"
 KEPT = "keep_columns."  # what the names of columns begin with that a task keeps beside its texts
+T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
@@ -158,17 +159,27 @@ def read_splits(
     folder = Path(dataset)
     if folder.is_dir():
         return read_folder(folder, left_out), f"the local folder {folder.name}"
-    if folder.is_absolute() or dataset.startswith(".") or dataset.count("/") > 1:
+    source = " ".join(part for part in (dataset, config, revision and f"at {revision}") if part)
+    # The branch that the Hub itself converts to parquet has a folder for each configuration, and no names for them.
+    part = {"data_dir" if revision == PARQUET else "name": config}
+    found = of_hub(dataset, lambda: datasets.load_dataset(dataset, revision=revision, **part))
+    return found, f"{source} of the Hugging Face Hub"
+
+
+def of_hub(dataset: str, load: Callable[[], T]) -> T:
+    """What ``load`` brings of a Hub id, or of a folder into which a repository of the Hub was downloaded.
+
+    Raises:
+        InputError: it is a folder that is not there, or the Hub does not give it.
+    """
+    is_path = Path(dataset).is_absolute() or dataset.startswith(".") or dataset.count("/") > 1
+    if is_path and not Path(dataset).is_dir():
         raise InputError(f"task.dataset: there is no folder '{dataset}'; name a folder, a Hub id, or builtin")
     try:
-        source = " ".join(part for part in (dataset, config, revision and f"at {revision}") if part)
-        # The branch that the Hub itself converts to parquet has a folder for each configuration, and no names for them.
-        part = {"data_dir" if revision == PARQUET else "name": config}
-        return datasets.load_dataset(dataset, revision=revision, **part), f"{source} of the Hugging Face Hub"
+        return load()
     except (ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"task.dataset: '{dataset}' is neither a local folder nor a data set that the Hub gave ({reason}); "
+            f"task.dataset: '{dataset}' is neither a local folder nor a data set that the Hub gave ({one_line(error)}); "
             "check the name and the network, or download it and name its folder"
         ) from error
 
