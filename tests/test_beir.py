@@ -171,12 +171,13 @@ def test_bm25_finds_what_shares_words(tmp_path: Path) -> None:
 
 def test_lists_hold_what_is_relevant_and_others_of_the_pool() -> None:
     judged = {"a": {"p1": 2, "p2": 1, "p3": 0, "p4": 1}, "b": {"p1": 1}, "alone": {"p9": 1}}
-    pools = {"a": ["p1", "p3", "p5", "p6", "p4"], "b": ["p7", "p1"], "alone": ["p9"]}
-    lists = training_lists(judged, pools, positives=2, negatives=2)
+    pools = {"a": ["p1", "p3", "p5", "p6", "p4", "p8"], "b": ["p7", "p1"], "alone": ["p9"]}
+    texts = {f"p{i}": f"passage {i}" for i in range(1, 10)} | {"p8": "passage 4"}
+    lists = training_lists(judged, pools, texts, positives=2, negatives=2)
     assert [each.query for each in lists] == ["a", "a", "b"]
     assert [each.passages[:2] for each in lists[:2]] == [["p1", "p2"], ["p4", lists[1].passages[1]]]
     assert lists[0].relevance == [2, 1, 0, 0]
     assert lists[2].passages == ["p1", "p7"]
     for each in lists[:2]:
         assert set(each.passages) - {"p1", "p2", "p4"} <= {"p3", "p5", "p6"}
-    assert lists == training_lists(judged, pools, positives=2, negatives=2)
+    assert lists == training_lists(judged, pools, texts, positives=2, negatives=2)

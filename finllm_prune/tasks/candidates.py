@@ -69,7 +69,8 @@ class Listed(NamedTuple):
 
 
 def training_lists(
-    judged: Mapping[str, Mapping[str, int]], pools: Mapping[str, Sequence[str]], positives: int, negatives: int, seed: int = 42
+    judged: Mapping[str, Mapping[str, int]], pools: Mapping[str, Sequence[str]], texts: Mapping[str, str],
+    positives: int, negatives: int, seed: int = 42,
 ) -> list[Listed]:  # fmt: skip
     """The relevant passages of each query, at most ``positives`` in a list, with others of its pool drawn at random.
 
@@ -78,6 +79,7 @@ def training_lists(
     Args:
         judged: query -> passage -> relevance; above 0 is relevant.
         pools: query -> passages of the first stage: what is not relevant there is hard to tell from what is.
+        texts: passage -> its text; a copy of what is relevant is no other passage, whatever its id.
         positives, negatives: passages of a list; a small pool gives fewer negatives.
         seed: of the draw.
     """
@@ -85,7 +87,8 @@ def training_lists(
     lists = []
     for query, passages in judged.items():
         relevant = [passage for passage, relevance in passages.items() if relevance > 0]
-        others = [passage for passage in pools.get(query, ()) if passages.get(passage, 0) == 0]
+        told = {texts[passage] for passage in relevant}
+        others = [p for p in pools.get(query, ()) if passages.get(p, 0) == 0 and texts[p] not in told]
         for begin in range(0, len(relevant) if others else 0, positives):
             drawn = generator.permutation(len(others))[:negatives]
             listed = relevant[begin : begin + positives] + [others[i] for i in drawn]

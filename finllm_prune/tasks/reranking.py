@@ -97,7 +97,7 @@ class Reranking:
         facts["first_stage"] = {"name": name, "candidates": self.candidates}
         facts["first_stage"] |= {split: first_stage(data.judged[split], pools[split]) for split in splits}
         if "train" in data.judged:
-            lists = training_lists(data.judged["train"], pools["train"], self.positives, self.negatives)
+            lists = training_lists(data.judged["train"], pools["train"], data.passages, self.positives, self.negatives)
             splits = {"train": list_rows(data, lists)} | splits
         return RankingExamples(splits, ["relevance"], data.source, facts, data.judged, pools)
 
