@@ -309,7 +309,8 @@ def test_verify_wants_a_folder_that_was_exported(tmp_path: Path) -> None:
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(
-        InputError, match=r"unknown format 'gguf'; known: masked, compact, ragged, ragged-remote, packed, packed-int8, onnx"
+        InputError,
+        match=r"unknown format 'gguf'; known: masked, compact, ragged, ragged-remote, packed, packed-int8, onnx",
     ):
         find_format("gguf")
 
