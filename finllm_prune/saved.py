@@ -104,12 +104,8 @@ def ask(model: str, texts: Sequence[str]) -> Tensor:
     task = _task(recipe, None)
     if recipe is None or not isinstance(task, Classification):
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
-    config, tokenizer = load_config(location), load_tokenizer(location)
-    labels = class_names(config)
     rows = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": [0] * len(texts)})
-    tokens = task.tokenize(rows, tokenizer).remove_columns("labels")
-    answers = serve(Path(location)) if is_served(Path(location)) else load_model(task, location, labels)
-    return logits_of(answers, tokens, task.collator(tokenizer))
+    return Saved(model, task, Examples({}, class_names(load_config(location)), model)).logits(rows)
 
 
 def _beside(model: str) -> Path | None:

@@ -22,7 +22,8 @@ from finllm_prune.errors import InputError
 from finllm_prune.settings import parse_yaml
 from finllm_prune.staging import UNFINISHED
 
-_AT_THE_ROOT = ("compact", "masked", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")  # the first that there is
+# The first that there is. Code is looked for at the root alone.
+_AT_THE_ROOT = ("compact", "masked", "ragged-remote", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")
 _CARD, _RECIPE, _PLOTS = "README.md", "recipe.yaml", "plots"
 _GOES = {_CARD, _RECIPE, "LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md"}
 # Known, but nobody needs it there: the baseline, the figures of each step, and what may quote texts.
@@ -73,6 +74,11 @@ def pack(folder: Path, repo_id: str, formats: Sequence[str] = (), *, allow_faile
     _refuse_mixed({name: verify(path) for name, path in found.items()})
     first = next(name for name in _AT_THE_ROOT if name in found)
     places = {name: "" if name == first else name for name in _AT_THE_ROOT if name in found}
+    if places.get("ragged-remote"):
+        raise InputError(
+            f"--format: transformers looks for the code of ragged-remote at the root alone, where {first} lies; push it to a "
+            "repository of its own, by --format ragged-remote, and the others by naming them"
+        )
     files: dict[str, Path | bytes] = {}
     for name, place in places.items():
         files |= {f"{place}/{file}".lstrip("/"): found[name] / file for file in sorted(proved[found[name]])}
