@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, TrainingArguments
 
 from finllm_prune.checkpoints import is_served, serve
 from finllm_prune.errors import InputError, one_line
@@ -74,11 +74,15 @@ def evaluate_saved(
     Raises:
         InputError: the model's labels are not those of the data, or one of them cannot be read.
     """
-    task = _task(recipe or _beside(model), task_name, dataset=dataset, max_length=max_length)
+    path = recipe or _beside(model)
+    task = _task(path, task_name, dataset=dataset, max_length=max_length)
+    seed = (
+        0 if path is None else Recipe.load(path).training.get("seed", TrainingArguments.seed)
+    )  # the run's own intervals
     examples = task.load()
     names = dict.fromkeys([baseline or model, model])
     logits = {name: Saved(name, task, examples).logits(examples.splits["test"]) for name in names}
-    quality = compare(task.judge(examples), logits[baseline or model], logits[model])
+    quality = compare(task.judge(examples), logits[baseline or model], logits[model], seed)
     if baseline is not None:
         return asdict(quality), [*quality_rows(quality), *first_stage_rows(examples.facts)]
     figures = {

@@ -151,6 +151,9 @@ def test_train_evaluation_and_use_agree(
     # The recipe beside the model says how documents are read; options say otherwise.
     figures, _ = evaluate_saved(str(folder))
     assert figures["accuracy"]["value"] == pytest.approx(right / len(labels))
+    assert figures["accuracy"]["interval"] == report.quality.metrics["accuracy"]["pruned_interval"], (
+        "the same resamples"
+    )
     other = Path(folder_of(tmp_path / "other"))
     small.write_jsonl(other / "test.jsonl", [long(row) for row in small.rows("test")[:2]])
     out = tmp_path / "figures.json"
