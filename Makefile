@@ -6,16 +6,19 @@ STAMP := $(VENV)/.installed
 # One process per core, each with one torch thread; a file's tests stay together, as they share what they train.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-fast check audit bench clean
+.PHONY: quickstart test test-full test-fast check audit bench clean
 
 quickstart: $(STAMP)  ## one complete run on embedded data: dense, pruned, proved, exported, with its card
 	$(BIN)/finllm-prune run recipes/quickstart.yaml --overwrite
 
-test: check  ## lint, types, all tests
+test: check  ## lint, types, tests: under ten minutes on two cores
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not full"
+
+test-full: check  ## these, and the whole of every product that they sample
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
-test-fast: $(STAMP)  ## the tests that train nothing real: under three minutes
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
+test-fast: $(STAMP)  ## the tests that train nothing real and start no process
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not full"
 
 check: $(STAMP)  ## lint and types
 	$(BIN)/ruff check .

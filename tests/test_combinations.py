@@ -16,10 +16,10 @@ from tests.pruning.runs import fits, make_batches, make_optimizer, make_pruner, 
 
 
 def combinations() -> list[Any]:
-    """Criterion x structure x family. Each two of them meet in the fast tests; what is left is in the slow ones."""
+    """Criterion x structure x family. Each two of them meet in the fast tests; what is left is in the full ones."""
     product = itertools.product(enumerate(CRITERIA), enumerate(STRUCTURES), enumerate(FAMILIES))
     return [
-        pytest.param(criterion, structure, family, marks=[] if (i + k) % len(STRUCTURES) == j else [pytest.mark.slow])
+        pytest.param(criterion, structure, family, marks=[] if (i + k) % len(STRUCTURES) == j else [pytest.mark.full])
         for (i, criterion), (j, structure), (k, family) in product
     ]
 

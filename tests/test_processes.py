@@ -82,7 +82,13 @@ TARGET = (
 )
 
 
-@pytest.mark.parametrize("more", [[], [TARGET, "recovery={max_steps: 4}"]], ids=["rules", "target, recovery"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="rules"),
+        pytest.param([TARGET, "recovery={max_steps: 4}"], id="target, recovery", marks=pytest.mark.full),
+    ],
+)
 def test_trap_5_two_ranks_choose_the_masks_of_one_rank_with_the_same_global_batch(
     tmp_path: Path, recipe: Path, more: list[str]
 ) -> None:
