@@ -8,6 +8,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,13 @@ Call = Callable[..., int]
 torch.set_num_threads(1)
 settings.register_profile("finllm_prune", deadline=None, max_examples=50)  # a busy machine is no bug
 settings.load_profile("finllm_prune")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests come first: at the end one worker would be alone with them."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    every = Counter(item.path for item in items)
+    items.sort(key=lambda item: -slow[item.path] / every[item.path])
 
 
 def tiny_model(
