@@ -74,11 +74,9 @@ def evaluate_saved(
     Raises:
         InputError: the model's labels are not those of the data, or one of them cannot be read.
     """
-    path = recipe or _beside(model)
-    task = _task(path, task_name, dataset=dataset, max_length=max_length)
-    seed = (
-        0 if path is None else Recipe.load(path).training.get("seed", TrainingArguments.seed)
-    )  # the run's own intervals
+    own = Recipe.load(recipe) if recipe is not None else _beside(model)
+    task = _task(own, task_name, dataset=dataset, max_length=max_length)
+    seed = 0 if own is None else own.training.get("seed", TrainingArguments.seed)  # the run's own intervals
     examples = task.load()
     names = dict.fromkeys([baseline or model, model])
     logits = {name: Saved(name, task, examples).logits(examples.splits["test"]) for name in names}
@@ -105,26 +103,24 @@ def ask(model: str, texts: Sequence[str]) -> Tensor:
     """
     location, _ = locate(model, served=True)
     recipe = _beside(location)
-    task = _task(recipe, None)
-    if recipe is None or not isinstance(task, Classification):
+    if recipe is None or not isinstance(recipe.task, Classification):
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
+    task = recipe.task
     rows = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": [0] * len(texts)})
     return Saved(model, task, Examples({}, class_names(load_config(location)), model)).logits(rows)
 
 
-def _beside(model: str) -> Path | None:
+def _beside(model: str) -> Recipe | None:
     """The recipe that a run left in the folder of a model."""
     path = Path(model) / "recipe.yaml"
-    return path if path.is_file() else None
+    return Recipe.load(path) if path.is_file() else None
 
 
-def _task(recipe: Path | None, name: str | None, **changes: Any) -> Task:
+def _task(recipe: Recipe | None, name: str | None, **changes: Any) -> Task:
     """The recipe's task where there is a recipe and it is of this task, with what is given changed."""
     given = {key: value for key, value in changes.items() if value is not None}
-    if recipe is not None:
-        task = Recipe.load(recipe).task
-        if name is None or isinstance(task, find_task(name)):
-            return replace(task, **given)  # type: ignore[type-var]
+    if recipe is not None and (name is None or isinstance(recipe.task, find_task(name))):
+        return replace(recipe.task, **given)  # type: ignore[type-var]
     return find_task(name or "sentiment")(**given)
 
 

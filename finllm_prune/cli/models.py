@@ -79,12 +79,9 @@ def _evaluate_suite(
     path: Path, overrides: list[str], model: str, baseline: str,
     json_file: Path | None, html_file: Path | None, keep: Path | None, show_texts: bool,
 ) -> None:  # fmt: skip
-    import datasets
-
     from finllm_prune.staging import save_text
     from finllm_prune.suite import Suite, evaluate_suite, page
 
-    datasets.disable_progress_bars()
     loaded = Suite.load(path, overrides)
     try:
         report = evaluate_suite(loaded, model, baseline, keep, show_texts)

@@ -67,8 +67,9 @@ def pack(folder: Path, repo_id: str, formats: Sequence[str] = (), *, allow_faile
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; name the output of a run or an exported checkpoint")
     _refuse_mid_run(folder)
-    found = _formats(exported_in(folder), formats)
-    proved = {path: {*read_manifest(path)["sha256"], MANIFEST} for path in exported_in(folder)}
+    manifests = {path: read_manifest(path) for path in exported_in(folder)}  # each hashes all files of its checkpoint
+    found = _formats({path: str(manifest["format"]) for path, manifest in manifests.items()}, formats)
+    proved = {path: {*manifest["sha256"], MANIFEST} for path, manifest in manifests.items()}
     _refuse_unknown(folder, proved)
     failed = _failure(folder, found.values(), allow_failed_gates)
     _refuse_mixed({name: verify(path) for name, path in found.items()})
@@ -87,11 +88,10 @@ def pack(folder: Path, repo_id: str, formats: Sequence[str] = (), *, allow_faile
     return Parcel(files, places)
 
 
-def _formats(checkpoints: list[Path], asked: Sequence[str]) -> dict[str, Path]:
+def _formats(checkpoints: dict[Path, str], asked: Sequence[str]) -> dict[str, Path]:
     """Format -> the folder that holds it."""
     found: dict[str, Path] = {}
-    for path in checkpoints:
-        name = str(read_manifest(path)["format"])
+    for path, name in checkpoints.items():
         if name not in _AT_THE_ROOT:
             raise InputError(f"{path} is a {name}, which is no model of its own; push the model that it was made of")
         if name in found:

@@ -150,7 +150,7 @@ def _measured(match: Match, suite: Suite, ask: Ask, show_texts: bool) -> SetResu
         calibration=_calibration(judge, logits, suite.bins),
         tax=tax(quality, judge, **answers, seed=suite.seed, resamples=suite.resamples),
         slices=_slices(match, answers, asked) if len(match.unit_of) else [],
-        robustness=_robustness(match, logits, ask, asked, suite.seed) if len(match.unit_of) else [],
+        robustness=_robustness(match, logits, answers, ask, asked, suite.seed) if len(match.unit_of) else [],
         latency=_latency(match, suite),
         published=[asdict(each) for each in entry.published],
         changed=_changed(match, answers) if show_texts and len(match.unit_of) else None,
@@ -182,7 +182,7 @@ def _slices(match: Match, answers: dict[str, Answers], asked: NonInferiority) ->
 
 
 def _robustness(
-    match: Match, logits: dict[str, Tensor], ask: Ask, asked: NonInferiority, seed: int
+    match: Match, logits: dict[str, Tensor], answers: dict[str, Answers], ask: Ask, asked: NonInferiority, seed: int
 ) -> list[dict[str, Any]]:
     """How often each model changes its mind when texts change a little; only those that do change are asked again."""
     names = {cls: name for name, cls in PERTURBATIONS.items()}
@@ -198,7 +198,7 @@ def _robustness(
             for kind, saved in (("dense", match.dense), ("pruned", match.pruned)):
                 new = logits[kind].clone()
                 new[rows] = ask(saved, changed)
-                same = match.judge.same(match.judge.answers(logits[kind]), match.judge.answers(new))
+                same = match.judge.same(answers[kind], match.judge.answers(new))
                 moved.append(1.0 - same[units].astype(np.float64))
             figures |= _beside(moved[0], moved[1], asked)
         found.append(figures)
