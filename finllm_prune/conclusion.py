@@ -21,6 +21,8 @@ from finllm_prune.evaluation import (
     removed,
     weight_bytes,
 )
+from finllm_prune.evaluation.kept import Kept, fingerprint
+from finllm_prune.evaluation.latency_table import CACHE
 from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.hub.card import write_card
 from finllm_prune.inference import logits_of
@@ -37,6 +39,8 @@ _FASTEST = (
     "compact",
     "packed",
 )  # the narrowest blocks first; packed ones are those of ragged
+
+_LONG = 60.0  # seconds
 
 Classifier = Callable[..., Any]
 
@@ -95,7 +99,16 @@ def _export(
 
 
 def _logits(ready: Prepared, model: Classifier) -> Tensor:
-    return logits_of(model, ready.tokens["test"], ready.recipe.task.collator(ready.tokenizer))
+    """Kept where they took long: a run that is killed now goes on, and a dense model that runs share answers once."""
+    rows = ready.tokens["test"]
+
+    def ask() -> Tensor:
+        return logits_of(model, rows, ready.recipe.task.collator(ready.tokenizer))
+
+    if not isinstance(model, PreTrainedModel):
+        return ask()
+    task = repr(ready.recipe.task)
+    return Kept(CACHE / "answers", _LONG).logits(lambda: [fingerprint(model), model.device, task, rows.to_dict()], ask)
 
 
 def _judged(ready: Prepared, of_dense: Tensor, of_other: Tensor) -> Quality:
