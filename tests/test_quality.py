@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from finllm_prune.evaluation import Quality, Report, compare
 from finllm_prune.evaluation.sparsity import layer_table
 from finllm_prune.judges import ClassJudge
+from finllm_prune.judges.judge import one_by_one
 from tests.conftest import LABELS, tiny_model
 
 RANDOM = np.random.default_rng(0)
@@ -40,6 +43,18 @@ def test_the_figures_are_their_formulas() -> None:
             low, high = value[f"{kind}_interval"]
             assert low < value[kind] < high
     assert judge(dense, pruned) == quality, "the same seed gives the same intervals"
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 10**6))
+def test_many_draws_are_valued_as_each_alone_is_by_scikit_learn(classes: int, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = ["accuracy", "macro_f1", "micro_f1", "mcc", "top3_accuracy"]
+    judge = ClassJudge(rng.integers(classes, size=rows), [str(c) for c in range(classes)], names)
+    answers, draws = judge.answers(torch.rand(rows, classes)), rng.integers(rows, size=(4, rows))
+    for name in names:
+        np.testing.assert_allclose(
+            judge.values(name, answers, draws), one_by_one(judge, name, answers, draws), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("dense", [noisy(0.2, 1), np.zeros(200, dtype=np.int64)], ids=["good", "collapsed"])

@@ -12,6 +12,8 @@ from torch import Tensor
 from finllm_prune.errors import InputError
 from finllm_prune.judges import Indices, Judge
 
+_DRAWS = 100  # at a time, so that a million rows take no more than a gigabyte or two
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -65,8 +67,8 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
         draws = {}
         for kind, given in answers.items():
 
-            def metric(units: Indices, name: str = name, given: Any = given) -> float:
-                return judge.value(name, given, units)
+            def metric(draws: Indices, axis: int, name: str = name, given: Any = given) -> NDArray[np.float64]:
+                return judge.values(name, given, draws)
 
             value[kind] = judge.value(name, given)
             draws[kind] = _resampled(metric, len(judge), seed, resamples)
@@ -96,9 +98,11 @@ def refuse_one_unit(judge: Judge) -> None:
         )
 
 
-def _resampled(metric: Callable[[Indices], float], units: int, seed: int, resamples: int) -> NDArray[np.float64]:
+def _resampled(
+    metric: Callable[..., NDArray[np.float64]], units: int, seed: int, resamples: int
+) -> NDArray[np.float64]:  # fmt: skip
     result = bootstrap(
-        (np.arange(units),), metric, vectorized=False, method="percentile",
+        (np.arange(units),), metric, vectorized=True, method="percentile", batch=_DRAWS,
         n_resamples=resamples, rng=np.random.default_rng(seed),
     )  # fmt: skip
     draws: NDArray[np.float64] = result.bootstrap_distribution

@@ -41,6 +41,10 @@ class Judge(Protocol):
         """A metric over these units, where one that comes twice counts twice; None takes all."""
         ...
 
+    def values(self, metric: str, answers: Answers, draws: Indices) -> NDArray[np.float64]:
+        """(draws,): the metric over the units of each of them; ``draws``: (draws, units in it)."""
+        ...
+
     def worth(self, answers: Answers) -> NDArray[np.float64]:
         """(units,): of each answer alone, the more the better."""
         ...
@@ -60,3 +64,8 @@ class Judge(Protocol):
     def collapsed(self, answers: Answers) -> bool:
         """Whether a model says the same to everything, though it should not."""
         ...
+
+
+def one_by_one(judge: Judge, metric: str, answers: Answers, draws: Indices) -> NDArray[np.float64]:
+    """``Judge.values`` where nothing faster is known."""
+    return np.array([judge.value(metric, answers, units) for units in draws])

@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 
 from finllm_prune.judges.classes import mcnemar_p
-from finllm_prune.judges.judge import Answers, Indices
+from finllm_prune.judges.judge import Answers, Indices, one_by_one
 from finllm_prune.metrics import find_metric
 
 
@@ -44,6 +44,9 @@ class LabelSetJudge:
     def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
         rows = slice(None) if units is None else units
         return find_metric(metric)(answers[rows], self.references[rows])
+
+    def values(self, metric: str, answers: Answers, draws: Indices) -> NDArray[np.float64]:
+        return one_by_one(self, metric, answers, draws)
 
     def worth(self, answers: Answers) -> NDArray[np.float64]:
         return self.same(answers, self.references).astype(np.float64)

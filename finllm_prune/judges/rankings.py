@@ -65,6 +65,10 @@ class RankingJudge:
         values = answers[metric]
         return float((values if units is None else values[units]).mean())
 
+    def values(self, metric: str, answers: Answers, draws: Indices) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = answers[metric][draws].mean(axis=-1)
+        return values
+
     def worth(self, answers: Answers) -> NDArray[np.float64]:
         """nDCG@10 of each query."""
         worth: NDArray[np.float64] = answers["ndcg_at_10"].astype(np.float64)

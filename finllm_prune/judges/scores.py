@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 from torch import Tensor
 
-from finllm_prune.judges.judge import Answers, Indices
+from finllm_prune.judges.judge import Answers, Indices, one_by_one
 from finllm_prune.metrics import find_metric
 
 _FAR = 1e9  # where what is no number is taken to lie
@@ -43,6 +43,9 @@ class ScoreJudge:
     def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
         rows = slice(None) if units is None else units
         return find_metric(metric)(answers[rows], self.references[rows])
+
+    def values(self, metric: str, answers: Answers, draws: Indices) -> NDArray[np.float64]:
+        return one_by_one(self, metric, answers, draws)
 
     def worth(self, answers: Answers) -> NDArray[np.float64]:
         worth: NDArray[np.float64] = -((answers - self.references) ** 2)
