@@ -14,6 +14,7 @@ from finllm_prune.cli.hub import push
 from finllm_prune.cli.models import evaluate, inspect, pull_and_compare
 from finllm_prune.cli.recipes import plan, run
 from finllm_prune.cli.screen import BAD_INPUT, NOT_PUSHED, PROOF_FAILED, console
+from finllm_prune.cli.sweeps import SeveralValues, dense, sweep
 from finllm_prune.errors import HubError, InputError, ProofError
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 for command in (run, plan, evaluate, inspect, verify, export, delta, trim, push, pull_and_compare):
     app.command()(command)
+app.command(cls=SeveralValues)(sweep)
+app.command(hidden=True)(dense)
 
 
 def _version(show: bool) -> None:
