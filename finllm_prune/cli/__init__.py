@@ -67,11 +67,17 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(BAD_INPUT) from None
     except ProofError as error:
-        Console(stderr=True).print(f"[bold red]Proof failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[bold red]Proof failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(PROOF_FAILED) from None
     except HubError as error:
-        Console(stderr=True).print(f"[bold red]Not pushed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[bold red]Not pushed:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(NOT_PUSHED) from None

@@ -31,7 +31,8 @@ def draw_pareto(results: Results, path: Path) -> None:
             axis.plot(*place, "o" if each.passed else "x", color="tab:blue")
             axis.annotate(f"{each.value:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
         best = [each for value in results.fronts()[cost] for each in results.settings if each.value == value]
-        axis.plot([each.mean(cost) for each in best], [each.mean("pruned") for each in best], color="tab:orange")
+        line = [each.mean(cost) for each in best], [each.mean("pruned") for each in best]
+        axis.plot(*line, "o-", color="tab:orange", markersize=11, markerfacecolor="none")
         axis.axhline(dense, color="gray", linestyle="--", linewidth=1)
         axis.set_xlabel(f"{_LABELS[cost]}, of dense", fontsize=9)
         axis.grid(alpha=0.3)

@@ -121,7 +121,7 @@ def run_sweep(sweep: Sweep, tell: Tell = lambda name, code: None) -> Outcome:
             failed |= {
                 job.name: f"exit code {codes[job.name]}, {last_line(job.log)}" if codes else "there is no dense model"
                 for job in stage
-                if not sweep.missing[job.name].output.is_dir()
+                if not _stands(sweep.missing[job.name])
             }
         results = Results.of(sweep.cells, failed)
         _write(results, sweep.output)
@@ -153,7 +153,12 @@ def _is_finished(name: str, recipe: Recipe) -> bool:
                 f"--resume: {name} was started with another recipe (it differs in {', '.join(changed)}); resume with that "
                 "one, start the sweep afresh with --overwrite, or set another output"
             )
-    return recipe.output.is_dir()
+    return _stands(recipe)
+
+
+def _stands(recipe: Recipe) -> bool:
+    """A run puts its recipe there with all the rest, or nothing."""
+    return (recipe.output / "recipe.yaml").is_file()
 
 
 def _check_cells(cells: list[Cell], checkpoint: str | None) -> None:
