@@ -117,7 +117,7 @@ def test_devices_share_the_threads_and_cpu_means_no_gpu() -> None:
 
 def test_processes_run_side_by_side_and_what_fails_stops_no_other(tmp_path: Path) -> None:
     """Each of the first two waits for the other."""
-    meet = "touch {0}; while [ ! -e {1} ]; do sleep 0.01; done; echo $CUDA_VISIBLE_DEVICES{0}; exit {2}"
+    meet = "touch {0}; while [ ! -e {1} ]; do sleep 0.01; done; echo sees [$CUDA_VISIBLE_DEVICES] {0}; exit {2}"
     scripts = {"a": meet.format("a", "b", 0), "b": meet.format("b", "a", 7), "c": "echo late; kill -9 $$"}
     jobs = [
         Job(name, ["sh", "-c", f"cd {tmp_path}; {script}"], tmp_path / f"{name}.log")
@@ -129,7 +129,7 @@ def test_processes_run_side_by_side_and_what_fails_stops_no_other(tmp_path: Path
     assert codes == {"a": 0, "b": 7, "c": -signal.SIGKILL}
     assert set(heard[:2]) == {("a", None), ("b", None)}
     assert len(heard) == 6
-    assert [last_line(job.log) for job in jobs] == ["a", "b", "late"]
+    assert [last_line(job.log) for job in jobs] == ["sees [] a", "sees [] b", "late"]
 
 
 def test_a_signal_reaches_every_process_and_nothing_more_is_started(tmp_path: Path) -> None:
