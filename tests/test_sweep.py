@@ -30,7 +30,7 @@ TARGET = "pruning={target: {flops: 0.6, tokens: 24}, rules: [{target: mlp, struc
 def recipe(tmp_path: Path, tiny_folder: Any) -> Path:
     """Of 40 steps, with a checkpoint at each of them."""
     data = {
-        "model": str(tiny_folder("bert", layers=1)),
+        "model": str(tiny_folder("bert", layers=1, seed=1)),
         "task": {"name": "sentiment", "dataset": str(small.write_folder(tmp_path / "data")), "max_length": 32},
         "pruning": {
             "rules": [
@@ -38,7 +38,7 @@ def recipe(tmp_path: Path, tiny_folder: Any) -> Path:
                 {"target": "attention", "criterion": "movement", "sparsity": 0.4},
             ]
         },
-        "dense": {"training": {"max_steps": 4, "save_strategy": "no"}},
+        "dense": {"training": {"max_steps": 12, "learning_rate": 1e-2, "save_strategy": "no"}},
         "training": {
             "max_steps": 40, "save_steps": 1, "learning_rate": 2e-3, "per_device_train_batch_size": 24, "use_cpu": True,
             "seed": 5,
@@ -180,7 +180,7 @@ def test_the_smallest_setting_of_which_every_seed_passed_is_picked_and_no_seed_b
     heads, rows = results.table()
     assert all(len(row) == len(heads) for row in rows)
     assert [row[1] for row in rows] == ["1", "2", "mean"] * 3 + ["2"]
-    assert rows[5][3] == "0.800 ± 0.028"
+    assert rows[5][2] == "0.800 ± 0.028"
     assert rows[7][-2] == "FAILED agreement"
     draw_pareto(results, tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").stat().st_size > 0
@@ -211,6 +211,14 @@ def test_cells_that_fail_are_named_and_the_exit_code_tells(
     with held(tmp_path / "out"):
         assert call("sweep", recipe, "--sparsities", 0.5, model, "--resume") == 2
     assert "a sweep is at work in" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "out" / "sparsity-0.75_seed-5").mkdir()
+    assert call("sweep", recipe, "--sparsities", 0.5, "--overwrite") == 1
+    failed = json.loads((tmp_path / "out" / "sweep.json").read_text())["failed"]
+    assert failed == {
+        "dense": "exit code 1, no [disk] here",
+        "sparsity-0.5_seed-5": "there is no dense model",
+    }
+    assert not list((tmp_path / "out").glob("sparsity-0.75*")), "what lay there is gone"
 
 
 def kill_at(file: Path) -> None:

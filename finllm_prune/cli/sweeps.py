@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -91,7 +92,9 @@ def sweep(
     with _bar(list(planned.missing)) as tell:
         outcome = run_sweep(planned, tell)
     heads, rows = outcome.results.table()
-    table = Table(*heads, title=f"{recipe}, test split")
+    table = Table(box=box.SIMPLE, title=f"{recipe}: {outcome.results.title()}")
+    for head in heads:
+        table.add_column(head, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

@@ -147,30 +147,35 @@ class Results:
             "failed": self.failed,
         }
 
+    def title(self) -> str:
+        """Of the table, with what all rows are held against."""
+        dense = [result.dense for each in self.settings for result in each.results]
+        shown = f"; dense {self.metric} {statistics.fmean(dense):.3f}, costs 1" if dense else ""
+        return f"pruned models on the test split{shown}"
+
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows for a terminal: each cell, and below those of a setting with several seeds their mean."""
-        heads = [self.axis, "seed", f"{self.metric}, dense", "pruned", "retention", "agreement"]
-        heads += ["encoder weights", "bytes", "latency", "gates", "Pareto front in"]
+        """Heads and rows for a terminal: each cell, and below those of a setting with several seeds their mean.
+
+        The last column names the costs in which the setting lies on the Pareto front.
+        """
+        heads = [self.axis, "seed", self.metric, "retained", "agrees", *COSTS, "gates", "front"]
         fronts, rows = self.fronts(), []
         for each in self.settings:
             on = ", ".join(cost for cost, values in fronts.items() if each.value in values)
             several = len(each.results) > 1
             for result in each.results:
                 spread = "[{:.3f}, {:.3f}]".format(*result.pruned_interval)
-                figures = _figures(Setting(each.value, [result], 0), spread, result.format)
+                figures = _figures(Setting(each.value, [result], 0), spread)
                 rows.append([f"{each.value:g}", str(result.seed), *figures, _verdict(result), "" if several else on])
             if several:
-                figures = _figures(each, f"± {each.spread('pruned'):.3f}", "")
+                figures = _figures(each, f"± {each.spread('pruned'):.3f}")
                 rows.append([f"{each.value:g}", "mean", *figures, "passed" if each.passed else "FAILED", on])
         return heads, rows
 
 
-def _figures(each: Setting, spread: str, name: str) -> list[str]:
-    return [
-        f"{each.mean('dense'):.3f}", f"{each.mean('pruned'):.3f} {spread}",
-        *(f"{each.mean(part):.1%}" for part in ("retention", "agreement", "weights")),
-        f"{each.mean('bytes'):.2f} {name}", f"{each.mean('latency'):.2f}",
-    ]  # fmt: skip
+def _figures(each: Setting, spread: str) -> list[str]:
+    parts = [f"{each.mean(part):.1%}" for part in ("retention", "agreement", "weights")]
+    return [f"{each.mean('pruned'):.3f} {spread}", *parts, f"{each.mean('bytes'):.2f}", f"{each.mean('latency'):.2f}"]
 
 
 def _verdict(result: Result) -> str:
