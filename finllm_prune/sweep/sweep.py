@@ -190,7 +190,7 @@ def _partial(recipe: Recipe) -> Path:
 
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _write(results: Results, output: Path) -> None:
