@@ -1,6 +1,5 @@
 """The end of a run: export, evaluate, write everything down, and put the complete folder in its place."""
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.staging import publish
 from finllm_prune.training import RECORD_FILE, Recorder
-from finllm_prune.workfolder import CHECKPOINTS
+from finllm_prune.workfolder import close_work
 
 _FASTEST = (
     "ragged",
@@ -82,7 +81,7 @@ def conclude(
         recorder.save(work / RECORD_FILE)
         draw_record(work / RECORD_FILE, work / "plots")
     write_card(report, work, recipe.export)
-    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    close_work(work, work)
     publish(work, recipe.output)
     return report
 

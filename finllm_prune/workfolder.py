@@ -13,6 +13,7 @@ from finllm_prune.recipe import Recipe
 from finllm_prune.vocabulary import Trimmed
 
 CHECKPOINTS = "checkpoints"
+EVENTS = "runs"  # transformers' own name for it
 _KEPT = "vocabulary.json"
 _BATCH = "batch.json"
 _SHARING = ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_backend")
@@ -33,9 +34,7 @@ def check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> N
             raise InputError(f"--resume: there is no unfinished run in {work}; start it without --resume")
         if not (work / "recipe.yaml").is_file():
             raise InputError(f"--resume: {work} holds no recipe.yaml, so it is no run; start afresh with --overwrite")
-        started, now = _unsplit(yaml.safe_load((work / "recipe.yaml").read_text())), _unsplit(recipe.resolved)
-        if started != now:
-            changed = [key for key in now if started.get(key) != now[key]]
+        if changed := changed_keys(recipe, work):
             raise InputError(
                 f"--resume: the run in {work} was started with another recipe (it differs in {', '.join(changed)}); "
                 "resume with that one, or start afresh with --overwrite"
@@ -45,6 +44,12 @@ def check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> N
             raise InputError(f"output: {output} exists; {_REMEDY}")
         if work.exists():
             raise InputError(f"output: an unfinished run lies in {work}; use --resume to go on with it, or --overwrite")
+
+
+def changed_keys(recipe: Recipe, folder: Path) -> list[str]:
+    """In what the recipe that a run left in its folder differs from this one; how processes share a step does not count."""
+    started, now = _unsplit(yaml.safe_load((folder / "recipe.yaml").read_text())), _unsplit(recipe.resolved)
+    return [key for key in now if started.get(key) != now[key]]
 
 
 def check_batch(work: Path, arguments: TrainingArguments) -> None:
@@ -70,6 +75,14 @@ def open_work(
     if vocabulary is not None:
         checkpoints.mkdir(exist_ok=True)
         (checkpoints / _KEPT).write_text(json.dumps(vocabulary.old))
+
+
+def close_work(work: Path, into: Path) -> None:
+    """Drop the checkpoints, but for what TensorBoard wrote beside them: it goes to ``runs/<phase>`` of ``into``."""
+    for events in sorted((work / CHECKPOINTS).glob(f"*/{EVENTS}")):
+        (into / EVENTS).mkdir(exist_ok=True)
+        events.rename(into / EVENTS / events.parent.name)
+    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
 
 
 def check_vocabulary(work: Path, trimmed: Trimmed) -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     {"provenance"},
     {"conclusion"},
     {"run", "saved", "export", "plan", "trim"},
-    {"suite", "comparison"},
+    {"suite", "comparison", "sweep"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.plots import draw_record
@@ -40,6 +41,7 @@ from finllm_prune.pruning.criteria import State, Step
 from finllm_prune.recipe import parse
 from finllm_prune.training import PruningTrainer, Recorder, Recording
 from finllm_prune.training.recorder import SCHEMA
+from finllm_prune.workfolder import close_work
 from tests.conftest import tiny_model
 from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
 from tests.test_trainer import RULES, rows, trainer
@@ -255,6 +257,17 @@ def test_the_numbers_of_the_recorder_reach_a_logger_of_report_to(tmp_path: Path)
     for entry in run.state.log_history:
         logged = {f"train/{name}" for name in entry if name != "step"}
         assert logged <= board.scalars[entry["step"]].keys(), "none was dropped"
+
+
+def test_what_tensorboard_wrote_outlives_the_checkpoints(tmp_path: Path) -> None:
+    for phase in ("dense", "prune"):
+        written = tmp_path / "checkpoints" / phase / default_logdir()
+        written.mkdir(parents=True)
+        (written.parents[1] / "checkpoint-3").mkdir()
+        (written / "events").write_text(phase)
+    close_work(tmp_path, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert [path.read_text() for path in sorted(tmp_path.glob("runs/*/*/events"))] == ["dense", "prune"]
 
 
 def test_the_last_cut_of_a_run_that_ends_early_is_recorded(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from finllm_prune.cli.hub import push
 from finllm_prune.cli.models import evaluate, inspect, pull_and_compare
 from finllm_prune.cli.recipes import plan, run
 from finllm_prune.cli.screen import BAD_INPUT, NOT_PUSHED, PROOF_FAILED, console
+from finllm_prune.cli.sweeps import SeveralValues, dense, sweep
 from finllm_prune.errors import HubError, InputError, ProofError
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 for command in (run, plan, evaluate, inspect, verify, export, delta, trim, push, pull_and_compare):
     app.command()(command)
+app.command(cls=SeveralValues)(sweep)
+app.command(hidden=True)(dense)
 
 
 def _version(show: bool) -> None:
@@ -64,11 +67,17 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(BAD_INPUT) from None
     except ProofError as error:
-        Console(stderr=True).print(f"[bold red]Proof failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[bold red]Proof failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(PROOF_FAILED) from None
     except HubError as error:
-        Console(stderr=True).print(f"[bold red]Not pushed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[bold red]Not pushed:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         raise SystemExit(NOT_PUSHED) from None

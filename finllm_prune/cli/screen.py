@@ -8,7 +8,7 @@ from rich.table import Table
 
 from finllm_prune.errors import InputError
 
-console = Console()
+console = Console(emoji=False)  # n:m: is no code of one
 BAD_INPUT, GATE_FAILED, PROOF_FAILED, NOT_PUSHED = 2, 3, 4, 5
 
 

@@ -93,7 +93,13 @@ def price(
     else:
         count = parameter_bytes if target.kind == "size" else _flops_of(target.tokens)
         costs = _by_count(target, count, dense, model, family, open_groups)
-    if not open_groups or costs.lowest > target.ratio:
+    refuse_out_of_reach(target, costs)
+    return costs
+
+
+def refuse_out_of_reach(target: Target, costs: Costs) -> None:
+    """Raise InputError where these costs come down too little for the target, or are below it from the start."""
+    if not costs.tables or costs.lowest > target.ratio:
         raise InputError(
             f"pruning.target.{target.kind}: {target.ratio:g} cannot be reached: with one unit left in each block these rules "
             f"come down to {costs.lowest:.3f}; raise the target, add the missing rule of mlp (neuron) and attention (head), "
@@ -103,7 +109,6 @@ def price(
         raise InputError(
             f"pruning.target.{target.kind}: {target.ratio:g} is met before anything is cut ({costs.start:.3f}); lower it"
         )
-    return costs
 
 
 def check_target(
