@@ -24,6 +24,8 @@ from finllm_prune.evaluation import (
     weight_bytes,
 )
 from finllm_prune.evaluation.evidence import Evidence, collect
+from finllm_prune.evaluation.kept import Kept, fingerprint
+from finllm_prune.evaluation.latency_table import CACHE
 from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.hub.card import write_card
 from finllm_prune.inference import logits_of
@@ -42,6 +44,7 @@ _FASTEST = (
 )  # the narrowest blocks first; packed ones are those of ragged
 
 FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
+_LONG = 60.0  # seconds
 
 Classifier = Callable[..., Any]
 
@@ -104,10 +107,17 @@ def _export(
     return exported
 
 
-def _logits(ready: Prepared, model: Classifier, tokens: datasets.Dataset | None = None) -> Tensor:
-    """Of the test split, or of other rows."""
-    rows = ready.tokens["test"] if tokens is None else tokens
-    return logits_of(model, rows, ready.recipe.task.collator(ready.tokenizer))
+def _logits(ready: Prepared, model: Classifier) -> Tensor:
+    """Kept where they took long: a run that is killed now goes on, and a dense model that runs share answers once."""
+    rows = ready.tokens["test"]
+
+    def ask() -> Tensor:
+        return logits_of(model, rows, ready.recipe.task.collator(ready.tokenizer))
+
+    if not isinstance(model, PreTrainedModel):
+        return ask()
+    task = repr(ready.recipe.task)
+    return Kept(CACHE / "answers", _LONG).logits(lambda: [fingerprint(model), model.device, task, rows.to_dict()], ask)
 
 
 def _evidence(
@@ -118,7 +128,7 @@ def _evidence(
         return None
 
     def ask(kind: str, rows: datasets.Dataset) -> Tensor:
-        return _logits(ready, models[kind], task.tokenize(rows, ready.tokenizer))
+        return logits_of(models[kind], task.tokenize(rows, ready.tokenizer), task.collator(ready.tokenizer))
 
     judge, rows = task.judge(ready.examples), ready.examples.splits["test"]
     return collect(judge, rows, logits, quality, ask, questions, seed=ready.arguments.seed)

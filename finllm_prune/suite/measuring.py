@@ -12,11 +12,11 @@ from torch import Tensor
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Latency, compare, measure
 from finllm_prune.evaluation.evidence import Questions, collect
+from finllm_prune.evaluation.kept import Kept
 from finllm_prune.judges import Judge
 from finllm_prune.loading import OtherLabels
 from finllm_prune.provenance import surroundings
 from finllm_prune.saved import Saved
-from finllm_prune.suite.kept import Kept
 from finllm_prune.suite.report import SetResult, SuiteReport
 from finllm_prune.suite.suite import Entry, Suite
 from finllm_prune.tasks import Examples
@@ -76,7 +76,11 @@ def evaluate_suite(
     for gate in suite.gates:
         if gate.removesuffix("_retention") not in measured:
             raise InputError(f"gates.{gate}: none of these sets measures it; remove the gate")
-    ask = Kept(keep).logits
+    kept = Kept(keep)
+
+    def ask(saved: Saved, rows: datasets.Dataset) -> Tensor:
+        return kept.logits(lambda: [saved.fingerprint(), rows.to_dict()], lambda: saved.logits(rows))
+
     results = []
     for match in matches:
         logger.info("%s: %s.", match.entry.name, match.examples.source)
