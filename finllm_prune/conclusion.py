@@ -90,7 +90,7 @@ def conclude(
     if recorder is not None:
         recorder.save(work / RECORD_FILE)
         draw_record(work / RECORD_FILE, work / "plots")
-    write_card(report, work, recipe.export)
+    write_card(report.to_dict(), work, recipe.export)
     shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
     publish(work, recipe.output)
     return report

@@ -18,6 +18,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Target, check_gates
 from finllm_prune.evaluation.evidence import Questions
 from finllm_prune.evaluation.perturbations import PERTURBATIONS, changes
+from finllm_prune.hub.governance import Governance
 from finllm_prune.hub.push import Hub
 from finllm_prune.pruning import (
     BUDGETS,
@@ -56,7 +57,7 @@ class Model:
     Args:
         name: a local folder or Hub id.
         keep_layers: the blocks to keep, ascending (``[0, 2, 4]``); the others are dropped before pruning starts.
-        license: of the base model, for the card; None takes it from the base model's own card.
+        license: declared for the pruned model; None takes it from the base model's own card.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Recipe:
         evidence: what is asked of both models beside their metrics; None (``evidence: false``) asks nothing. Of a reranker no
             texts are changed unless the recipe names perturbations: each asks for the scores of all its pairs anew.
         gates: measured value -> threshold; a miss ends the run with exit code 3 after everything is written.
+        governance: what people say of the model, for the card.
         hub: where the model is pushed when the run is complete and its gates passed; None pushes nothing.
         resolved: the whole recipe as plain data, as it is saved beside the weights.
     """
@@ -134,6 +136,7 @@ class Recipe:
     export: list[str] = field(default_factory=lambda: ["masked", "compact"])
     evidence: Questions | None = field(default_factory=Questions)
     gates: dict[str, float] = field(default_factory=dict)
+    governance: Governance = field(default_factory=Governance)
     hub: Hub | None = None
     resolved: dict[str, Any] = field(default_factory=dict)
 
@@ -180,6 +183,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
         evidence=evidence,
         gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
+        governance=build(Governance, data.get("governance") or {}, "governance"),
         hub=_optional(Hub, {"repo_id": hub} if isinstance(hub := data.get("hub"), str) else hub, "hub"),
     )
     if recipe.output.name in ("", ".."):
