@@ -212,9 +212,8 @@ class _Both:
             moved = [place for place, text in enumerate(drawn["text"]) if text != texts[place]]
             figures: dict[str, Any] = {"change": names[type(change)], "of": len(units), "rows": 0}
             if moved:
-                changed = (
-                    drawn.select(moved).remove_columns("text").add_column("text", [texts[place] for place in moved])
-                )
+                content = drawn[moved] | {"text": [texts[place] for place in moved]}
+                changed = datasets.Dataset.from_dict(content, features=drawn.features)
                 figures |= self._changed_minds(places[moved], changed, ask)
             found.append(figures)
         return found

@@ -43,6 +43,8 @@ def write_output(
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": "/home/me/deals/model", "output": "outputs/mine"}))
     report(folder, True)
     (folder / "recorder.parquet").write_bytes(b"PAR1")
+    (folder / "flips.json").write_text('[{"text": "Not for others."}]')
+    (folder / "governance.yaml").write_text("governance: {owner: Model Risk}\n")
     model.save_pretrained(folder / "dense")
     for name in formats:
         shutil.copytree(folder / "plots", folder / name / "plots")
