@@ -120,7 +120,7 @@ def test_what_people_say_later_is_shown_and_kept_and_nothing_measured_moves(
     for folder, override, said in (
         (out, "gates.macro_f1=0.1", "gates: unknown key"),
         (out, "model.name=other", "model.name: unknown key"),
-        (out / "masked", "governance.owner=x", "name the output of a run"),
+        (out / "masked", "governance.owner=x", "is one format of a run; name the folder above it"),
         (tmp_path, "governance.owner=x", "there is no"),
     ):
         assert call("card", folder, override) == 2

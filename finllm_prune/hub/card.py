@@ -49,20 +49,21 @@ def rewrite_card(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     Raises:
         InputError: there is no report, it is damaged, or an override is of something else.
     """
-    try:
-        figures: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        exported = [name for name in figures["recipe"]["export"] if (folder / name / MANIFEST).is_file()]
-    except OSError:
-        raise InputError(f"there is no {folder / REPORT}; name the output of a run") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / REPORT} is damaged ({error!r}); bring back the report of the run") from error
     if (folder / MANIFEST).is_file():
         raise InputError(f"{folder} is one format of a run; name the folder above it, whose cards are all written")
     said = read_yaml(folder / SAID, overrides, "file") if (folder / SAID).is_file() else _said(overrides)
     _check(said)
+    try:
+        figures: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        exported = [name for name in figures["recipe"]["export"] if (folder / name / MANIFEST).is_file()]
+        written = write_card(figures, folder, exported, said)
+    except FileNotFoundError:
+        raise InputError(f"there is no {folder / REPORT}; name the output of a run") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / REPORT} is damaged ({error!r}); bring back the report of the run") from error
     if said:
         save_text(yaml.safe_dump(said, sort_keys=False, allow_unicode=True), folder / SAID)
-    return write_card(figures, folder, exported, said)
+    return written
 
 
 def write_card(
