@@ -117,7 +117,10 @@ def test_what_people_say_later_is_shown_and_kept_and_nothing_measured_moves(
     for name in ("report.json", "recipe.yaml"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     capsys.readouterr()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text('{"recipe": {"export": []}}')
     for folder, override, said in (
+        (tmp_path / "old", "governance.owner=x", "is damaged, or of another version"),
         (out, "gates.macro_f1=0.1", "gates: unknown key"),
         (out, "model.name=other", "model.name: unknown key"),
         (out / "masked", "governance.owner=x", "is one format of a run; name the folder above it"),

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
@@ -59,8 +60,10 @@ def rewrite_card(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
         written = write_card(figures, folder, exported, said)
     except FileNotFoundError:
         raise InputError(f"there is no {folder / REPORT}; name the output of a run") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / REPORT} is damaged ({error!r}); bring back the report of the run") from error
+    except (ValueError, KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
+        raise InputError(
+            f"{folder / REPORT} is damaged, or of another version ({error!r}); bring back the report of the run"
+        ) from error
     if said:
         save_text(yaml.safe_dump(said, sort_keys=False, allow_unicode=True), folder / SAID)
     return written
