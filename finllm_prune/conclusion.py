@@ -1,10 +1,12 @@
-"""The end of a run: export, evaluate, write everything down, and put the complete folder in its place."""
+"""The end of a run: evaluate, export, write everything down, and put the complete folder in its place."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +22,7 @@ from finllm_prune.evaluation import (
     removed,
     weight_bytes,
 )
+from finllm_prune.evaluation.evidence import Evidence, collect
 from finllm_prune.evaluation.kept import Kept, fingerprint
 from finllm_prune.evaluation.latency_table import CACHE
 from finllm_prune.evaluation.plots import draw, draw_record
@@ -39,6 +42,7 @@ _FASTEST = (
     "packed",
 )  # the narrowest blocks first; packed ones are those of ragged
 
+FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
 _LONG = 60.0  # seconds
 
 Classifier = Callable[..., Any]
@@ -56,11 +60,13 @@ def conclude(
     recipe, work = ready.recipe, ready.work
     nn.Module.to(dense, device=student.device)
     of_dense, of_student = (_logits(ready, model) for model in (dense, student))
+    quality = _judged(ready, of_dense, of_student)
+    evidence = _evidence(ready, {"dense": dense, "pruned": student}, {"dense": of_dense, "pruned": of_student}, quality)
     # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
     nn.Module.to(student, device="cpu")
     exported = _export(student, ready.tokenizer, work, recipe.export)
     report = Report(
-        quality=_judged(ready, of_dense, of_student),
+        quality=quality,
         sparsity={"targeted": pruner.sparsity(), **removed(dense, student)},
         bytes={name: weight_bytes(work / name) for name in ("dense", *recipe.export)},
         latency=_latency(dense, student, exported),
@@ -74,13 +80,16 @@ def conclude(
         exported={
             name: _judged(ready, of_dense, _logits(ready, model)) for name, model in exported.items() if name in LOSSY
         },
+        evidence=evidence,
     )
     report.save(work / "report.json")
+    if evidence is not None and evidence.changed is not None:
+        (work / FLIPS).write_text(json.dumps(evidence.changed, indent=2) + "\n")
     draw(report.layers, report.history, work / "plots")
     if recorder is not None:
         recorder.save(work / RECORD_FILE)
         draw_record(work / RECORD_FILE, work / "plots")
-    write_card(report, work, recipe.export)
+    write_card(report.to_dict(), work, recipe.export)
     close_work(work, work)
     publish(work, recipe.output)
     return report
@@ -108,6 +117,20 @@ def _logits(ready: Prepared, model: Classifier) -> Tensor:
         return ask()
     task = repr(ready.recipe.task)
     return Kept(CACHE / "answers", _LONG).logits(lambda: [fingerprint(model), model.device, task, rows.to_dict()], ask)
+
+
+def _evidence(
+    ready: Prepared, models: dict[str, PreTrainedModel], logits: dict[str, Tensor], quality: Quality
+) -> Evidence | None:
+    task, questions = ready.recipe.task, ready.recipe.evidence
+    if questions is None:
+        return None
+
+    def ask(kind: str, rows: datasets.Dataset) -> Tensor:
+        return logits_of(models[kind], task.tokenize(rows, ready.tokenizer), task.collator(ready.tokenizer))
+
+    judge, rows = task.judge(ready.examples), ready.examples.splits["test"]
+    return collect(judge, rows, logits, quality, ask, questions, seed=ready.arguments.seed)
 
 
 def _judged(ready: Prepared, of_dense: Tensor, of_other: Tensor) -> Quality:

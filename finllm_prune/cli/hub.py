@@ -1,4 +1,4 @@
-"""What goes to the Hub."""
+"""What goes to the Hub, and the card that tells of it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +45,27 @@ def push(
 
     hub = Hub(repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag)
     print_pushed(push_folder(folder, hub, formats or [], allow_failed_gates=allow_failed_gates), repo_id)
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="The output of a run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="governance.<field> or model.license.")
+    ] = None,
+) -> None:
+    """Write the cards of a finished run again, with what people say of it now; what was measured stays as it was.
+
+    \b
+    finllm-prune card outputs/quickstart governance.owner="Model Risk" governance.intended_use="Triage of news, by analysts"
+    finllm-prune card outputs/quickstart model.license=cc-by-nc-sa-3.0
+
+    Fields: owner, contact, intended_use, out_of_scope, monitoring, data_license. They are kept in governance.yaml beside the
+    report. The cards of all formats are written; their proofs hold as before.
+    """
+    from finllm_prune.hub.card import rewrite_card
+
+    for path in rewrite_card(folder, overrides or []):
+        console.print(str(path), soft_wrap=True, highlight=False)
 
 
 def print_pushed(pushed: "Pushed", repo_id: str) -> None:

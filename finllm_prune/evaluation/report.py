@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finllm_prune.errors import InputError
+from finllm_prune.evaluation.evidence import Evidence
 from finllm_prune.evaluation.quality import Quality
 from finllm_prune.metrics import ERRORS
 
@@ -32,6 +33,7 @@ class Report:
         gates: the thresholds asked for.
         target: what the pruned model was to cost (``check_target``); None where the recipe names no target.
         exported: format -> dense against it on the test split, for formats that are not exactly the pruned model.
+        evidence: what else was asked of both models on the test split; None where the recipe asks nothing.
     """
 
     quality: Quality
@@ -44,6 +46,7 @@ class Report:
     gates: dict[str, float] = field(default_factory=dict)
     target: dict[str, Any] | None = None
     exported: dict[str, Quality] = field(default_factory=dict)
+    evidence: Evidence | None = None
 
     def value(self, name: str) -> float:
         """The measured value that a gate of this name looks at."""
@@ -75,6 +78,7 @@ class Report:
             **quality.pop("metrics"),
             **{f"{name}_retention": value for name, value in quality.pop("retention").items()},
             **quality,
+            "evidence": self.evidence.to_dict() if self.evidence is not None else None,
             "exported": {name: asdict(other) for name, other in self.exported.items()},
             "sparsity": self.sparsity,
             "bytes": self.bytes,
@@ -97,7 +101,7 @@ class Report:
         for name, other in self.exported.items():
             out += [(f"{what.strip()}, {name}", dense, pruned) for what, dense, pruned in quality_rows(other)]
         for name, part in self.sparsity.items():
-            out.append((f"sparsity of {_TITLES.get(name, name)}", "0.0 %", f"{100 * part:.1f} %"))
+            out.append((f"sparsity of {TITLES.get(name, name)}", "0.0 %", f"{100 * part:.1f} %"))
         for name, size in self.bytes.items():
             if name != "dense":
                 cells = [f"{b / 1e6:.1f} MB" for b in (self.bytes["dense"], size)]
@@ -129,7 +133,7 @@ class Report:
         return out
 
 
-_TITLES = {
+TITLES = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC", "targeted": "the targeted weights",
     "encoder_linear": "the encoder's linear weights", "all_parameters": "all parameters",
     "micro_f1": "micro-F1", "top3_accuracy": "top-3 accuracy", "mse": "mean squared error", "mae": "mean absolute error",
@@ -146,12 +150,12 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
             f"{value[kind]:.3f} [{value[f'{kind}_interval'][0]:.3f}, {value[f'{kind}_interval'][1]:.3f}]"
             for kind in ("dense", "pruned")
         )
-        out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
+        out.append((f"{TITLES.get(name, name)} [95 % interval]", dense, pruned))
         what = "part of the dense model's" if name in ERRORS else "retention of"
         part = (
             f"{quality.retention[name]:.1%}" if value["dense"] > 0 else "–"
         )  # of a correlation below 0 it says nothing
-        out.append((f"  {what} {_TITLES.get(name, name)}", "", part))
+        out.append((f"  {what} {TITLES.get(name, name)}", "", part))
     same = "same passage first" if quality.unit == "query" else "same prediction"
     out.append((f"{same} (agreement)", "", f"{quality.agreement:.1%}"))
     names = " / ".join(name.replace("_to_", "→").replace("_", " ") for name in quality.flips)
@@ -165,7 +169,7 @@ def first_stage_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     if (found := facts.get("first_stage")) is None:
         return []
     figures = found["test"]
-    rows = [(f"{_TITLES[name]} of {found['name']} alone", value) for name, value in figures.items() if name in _TITLES]
+    rows = [(f"{TITLES[name]} of {found['name']} alone", value) for name, value in figures.items() if name in TITLES]
     rows.append((f"relevant passages among its {found['candidates']} candidates", figures["recall"]))
     return [(what, f"{value:.3f}", f"{value:.3f}") for what, value in rows]
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import jinja2
 
-from finllm_prune.suite.report import SuiteReport, p_value, points
+from finllm_prune.evaluation.non_inferiority import p_value, points
+from finllm_prune.suite.report import SuiteReport
 
 
 def page(report: SuiteReport) -> str:

@@ -45,6 +45,8 @@ def write_output(
     (folder / "recorder.parquet").write_bytes(b"PAR1")
     (folder / "runs" / "prune").mkdir(parents=True)
     (folder / "runs" / "prune" / "events.out.tfevents.1").write_bytes(b"logged")
+    (folder / "flips.json").write_text('[{"text": "Not for others."}]')
+    (folder / "governance.yaml").write_text("governance: {owner: Model Risk}\n")
     model.save_pretrained(folder / "dense")
     for name in formats:
         shutil.copytree(folder / "plots", folder / name / "plots")

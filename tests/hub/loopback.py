@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 LFS = (".safetensors", ".onnx", ".png")
 WRITE, READ = "hf_" + "w" * 30, "hf_" + "r" * 30  # the tokens that it knows
 Json = dict[str, Any] | list[Any]
@@ -208,6 +210,13 @@ class Handler(BaseHTTPRequestHandler):
         return {"url": f"{self.server.url}/{name}", "id": name, "name": name}
 
     def validate(self, body: bytes) -> Json:
+        """As far as huggingface_hub itself knows what metadata is."""
+        try:
+            data = ModelCard(json.loads(body)["content"]).data
+        except ValueError as error:
+            raise Refused(400, str(error)) from error
+        if data.get("base_model_relation", "finetune") not in ("adapter", "merge", "quantized", "finetune"):
+            raise Refused(400, "base_model_relation is none of those that the Hub knows")
         return {"errors": [], "warnings": []}
 
     def info(self, name: str, revision: str | None = None) -> Json:

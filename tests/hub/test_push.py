@@ -105,7 +105,9 @@ def test_what_is_pushed_loads_in_a_fresh_process(
     assert files == hub.files(name, "v1")
     assert len(hub.repos[name].branches["main"]) == 2, "one commit on the first, empty one"
     assert {path.partition("/")[0] for path in files if "/" in path} == {"masked", "ragged", "packed", "plots"}
-    assert not {"report.json", "recorder.parquet", "dense/model.safetensors"} & set(files)
+    assert not {"report.json", "flips.json", "governance.yaml", "recorder.parquet", "dense/model.safetensors"} & set(
+        files
+    )
     assert b"deals" not in files["recipe.yaml"]
     card = files["README.md"].decode()
     assert f'model="{name}"' in card

@@ -1,0 +1,96 @@
+"""What is asked of two models beside their metrics: whom, about what, and what of it may be told."""
+
+import json
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from finllm_prune.errors import InputError
+from finllm_prune.evaluation import compare
+from finllm_prune.evaluation.evidence import KINDS, Questions, collect
+from finllm_prune.judges import ClassJudge
+from finllm_prune.recipe import parse
+
+LABELS = ["low", "high"]
+RECIPE: dict[str, Any] = {
+    "model": "m",
+    "task": "sentiment",
+    "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]},
+    "output": "out",
+}
+
+
+def answers(kind: str, rows: datasets.Dataset) -> Tensor:
+    """Two models that read the number of a text: dense calls it high from 50 on, pruned from 60 on."""
+    found = [
+        float("".join(sign for sign in text if sign.isdigit() or sign == ".").strip(".") or 0) for text in rows["text"]
+    ]
+    distance = torch.tensor(found)[:, None] - {"dense": 50, "pruned": 60}[kind]
+    return torch.cat([-distance, distance], dim=1) / 10
+
+
+def test_what_is_asked_is_a_sample_of_what_changes_and_texts_are_told_apart() -> None:
+    texts = [f"Alpha reports {number % 100} units." if number % 2 else "No figure was given." for number in range(400)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    right = np.array([int(number % 2 and number % 100 >= 50) for number in range(400)])
+    judge, logits = ClassJudge(right, LABELS, ("accuracy",)), {kind: answers(kind, rows) for kind in KINDS}
+    asked: list[int] = []
+
+    def ask(kind: str, changed: datasets.Dataset) -> Tensor:
+        asked.append(len(changed))
+        return answers(kind, changed)
+
+    quality = compare(judge, **logits, resamples=9)
+    found = collect(judge, rows, logits, quality, ask, Questions(sample=100), resamples=9)
+    numbers, negations, companies = found.robustness
+    assert [entry["of"] for entry in found.robustness] == [100, 100, 100]
+    assert (negations["rows"], companies["rows"]) == (100, 0)
+    assert 30 < numbers["rows"] < 70, "every other text has a number"
+    assert asked == [numbers["rows"]] * 2 + [100] * 2, "only texts that change are asked about, each model once"
+    assert numbers["dense"] > 0, "some are 50 or more when multiplied"
+    assert found == collect(judge, rows, logits, quality, ask, Questions(sample=100), resamples=9)
+    assert (found.headline, found.unit, found.units) == ("accuracy", "row", 400)
+    assert found.tested.difference == pytest.approx(quality.metrics["accuracy"]["difference"])
+    assert found.tested.difference == -20 / 400
+    assert found.verdict == "worse"
+    assert found.confusion == {"labels": LABELS, "dense": [[300, 0], [0, 100]], "pruned": [[300, 0], [20, 80]]}
+    assert found.changed is not None
+    assert {row["text"] for row in found.changed} <= set(texts)
+    assert all(row["lost"] and (row["truth"], row["pruned"]) == ("high", "low") for row in found.changed)
+    assert "Alpha" not in json.dumps(found.to_dict())
+    assert collect(judge, rows, logits, quality, ask, Questions(texts=False), resamples=9).changed is None
+
+
+def test_a_recipe_chooses_what_is_asked() -> None:
+    changes = [{"name": "companies", "column": "issuer"}]
+    asked = parse(RECIPE | {"evidence": {"slices": ["length", "sector"], "perturbations": changes}})
+    assert asked.evidence is not None
+    assert asked.task.keep_columns == ["sector", "issuer"]  # type: ignore[attr-defined]
+    assert parse(asked.resolved) == asked
+    assert parse(RECIPE | {"evidence": False}).evidence is None
+    every, ranking = (parse(RECIPE | {"task": task}).evidence for task in ("sentiment", "reranking"))
+    assert every is not None
+    assert ranking is not None
+    assert (len(every.perturbations), len(ranking.perturbations)) == (3, 0), "all candidates would be scored anew"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"margin": 2}, "evidence.margin: it lies between 0 and 1"),
+        ({"sample": 0}, "evidence.sample: at least one is needed, not 0"),
+        ({"bin": 3}, "evidence.bin: unknown key; did you mean 'bins'"),
+        ({"texts": "perhaps"}, "evidence.texts: "),
+        ({"perturbations": ["typos"]}, "evidence.perturbations.0: unknown name 'typos'"),
+        ({"slices": ["sector"]}, "evidence: task reranking keeps no columns, so nothing is divided by sector"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence(asked: dict[str, Any], said: str) -> None:
+    task = "reranking" if asked.get("slices") else "sentiment"
+    with pytest.raises(InputError) as caught:
+        parse(RECIPE | {"task": task, "evidence": asked})
+    assert said in str(caught.value)
