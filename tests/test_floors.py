@@ -13,7 +13,7 @@ FLOORS = [
     {"families", "metrics", "vocabulary"},
     {"judges"},
     {"training", "tasks", "checkpoints", "evaluation"},
-    {"hub"},
+    {"hub", "pages"},
     {"recipe", "registration", "loading"},
     {"workfolder"},
     {"prepare"},

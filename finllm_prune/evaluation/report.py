@@ -97,7 +97,7 @@ class Report:
         for name, other in self.exported.items():
             out += [(f"{what.strip()}, {name}", dense, pruned) for what, dense, pruned in quality_rows(other)]
         for name, part in self.sparsity.items():
-            out.append((f"sparsity of {_TITLES.get(name, name)}", "0.0 %", f"{100 * part:.1f} %"))
+            out.append((f"sparsity of {TITLES.get(name, name)}", "0.0 %", f"{100 * part:.1f} %"))
         for name, size in self.bytes.items():
             if name != "dense":
                 cells = [f"{b / 1e6:.1f} MB" for b in (self.bytes["dense"], size)]
@@ -129,7 +129,7 @@ class Report:
         return out
 
 
-_TITLES = {
+TITLES = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC", "targeted": "the targeted weights",
     "encoder_linear": "the encoder's linear weights", "all_parameters": "all parameters",
     "micro_f1": "micro-F1", "top3_accuracy": "top-3 accuracy", "mse": "mean squared error", "mae": "mean absolute error",
@@ -146,12 +146,12 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
             f"{value[kind]:.3f} [{value[f'{kind}_interval'][0]:.3f}, {value[f'{kind}_interval'][1]:.3f}]"
             for kind in ("dense", "pruned")
         )
-        out.append((f"{_TITLES.get(name, name)} [95 % interval]", dense, pruned))
+        out.append((f"{TITLES.get(name, name)} [95 % interval]", dense, pruned))
         what = "part of the dense model's" if name in ERRORS else "retention of"
         part = (
             f"{quality.retention[name]:.1%}" if value["dense"] > 0 else "–"
         )  # of a correlation below 0 it says nothing
-        out.append((f"  {what} {_TITLES.get(name, name)}", "", part))
+        out.append((f"  {what} {TITLES.get(name, name)}", "", part))
     same = "same passage first" if quality.unit == "query" else "same prediction"
     out.append((f"{same} (agreement)", "", f"{quality.agreement:.1%}"))
     names = " / ".join(name.replace("_to_", "→").replace("_", " ") for name in quality.flips)
@@ -165,7 +165,7 @@ def first_stage_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     if (found := facts.get("first_stage")) is None:
         return []
     figures = found["test"]
-    rows = [(f"{_TITLES[name]} of {found['name']} alone", value) for name, value in figures.items() if name in _TITLES]
+    rows = [(f"{TITLES[name]} of {found['name']} alone", value) for name, value in figures.items() if name in TITLES]
     rows.append((f"relevant passages among its {found['candidates']} candidates", figures["recall"]))
     return [(what, f"{value:.3f}", f"{value:.3f}") for what, value in rows]
 

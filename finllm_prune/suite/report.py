@@ -10,6 +10,7 @@ import numpy as np
 from finllm_prune.evaluation import GATES, Latency, Quality
 from finllm_prune.evaluation.calibration import Calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm
+from finllm_prune.pages.wording import p_value, points
 from finllm_prune.suite.perturbations import PERTURBATIONS
 
 
@@ -174,16 +175,6 @@ class SuiteReport:
     def confidence(self) -> str:
         """Of the intervals of differences in worth."""
         return f"{100 - 200 * self.asked.alpha:g} %"
-
-
-def points(margin: float) -> str:
-    """A margin in words."""
-    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
-
-
-def p_value(p: float) -> str:
-    """Three digits, or that it is less."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _mean(each: SetResult, kind: str) -> str:
