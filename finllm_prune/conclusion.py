@@ -1,11 +1,13 @@
-"""The end of a run: export, evaluate, write everything down, and put the complete folder in its place."""
+"""The end of a run: evaluate, export, write everything down, and put the complete folder in its place."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,9 +23,13 @@ from finllm_prune.evaluation import (
     removed,
     weight_bytes,
 )
+from finllm_prune.evaluation.evidence import FLIPS, Evidence, collect
+from finllm_prune.evaluation.kept import Kept, fingerprint
+from finllm_prune.evaluation.latency_table import CACHE
 from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.hub.card import write_card
 from finllm_prune.inference import logits_of
+from finllm_prune.pages import write_page
 from finllm_prune.prepare import Prepared, engine_of
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
@@ -37,6 +43,7 @@ _FASTEST = (
     "compact",
     "packed",
 )  # the narrowest blocks first; packed ones are those of ragged
+_LONG = 60.0  # seconds
 
 Classifier = Callable[..., Any]
 
@@ -53,11 +60,13 @@ def conclude(
     recipe, work = ready.recipe, ready.work
     nn.Module.to(dense, device=student.device)
     of_dense, of_student = (_logits(ready, model) for model in (dense, student))
+    quality = _judged(ready, of_dense, of_student)
+    evidence = _evidence(ready, {"dense": dense, "pruned": student}, {"dense": of_dense, "pruned": of_student}, quality)
     # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
     nn.Module.to(student, device="cpu")
     exported = _export(student, ready.tokenizer, work, recipe.export)
     report = Report(
-        quality=_judged(ready, of_dense, of_student),
+        quality=quality,
         sparsity={"targeted": pruner.sparsity(), **removed(dense, student)},
         bytes={name: weight_bytes(work / name) for name in ("dense", *recipe.export)},
         latency=_latency(dense, student, exported),
@@ -71,8 +80,11 @@ def conclude(
         exported={
             name: _judged(ready, of_dense, _logits(ready, model)) for name, model in exported.items() if name in LOSSY
         },
+        evidence=evidence,
     )
     report.save(work / "report.json")
+    if evidence is not None and evidence.changed is not None:
+        (work / FLIPS).write_text(json.dumps(evidence.changed, indent=2) + "\n")
     draw(report.layers, report.history, work / "plots")
     if recorder is not None:
         recorder.save(work / RECORD_FILE)
@@ -80,6 +92,7 @@ def conclude(
     write_card(report, work, recipe.export)
     shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
     publish(work, recipe.output)
+    write_page(recipe.output)  # of files that are there, and can be made again from them
     return report
 
 
@@ -95,7 +108,30 @@ def _export(
 
 
 def _logits(ready: Prepared, model: Classifier) -> Tensor:
-    return logits_of(model, ready.tokens["test"], ready.recipe.task.collator(ready.tokenizer))
+    """Kept where they took long: a run that is killed now goes on, and a dense model that runs share answers once."""
+    rows = ready.tokens["test"]
+
+    def ask() -> Tensor:
+        return logits_of(model, rows, ready.recipe.task.collator(ready.tokenizer))
+
+    if not isinstance(model, PreTrainedModel):
+        return ask()
+    task = repr(ready.recipe.task)
+    return Kept(CACHE / "answers", _LONG).logits(lambda: [fingerprint(model), model.device, task, rows.to_dict()], ask)
+
+
+def _evidence(
+    ready: Prepared, models: dict[str, PreTrainedModel], logits: dict[str, Tensor], quality: Quality
+) -> Evidence | None:
+    task, questions = ready.recipe.task, ready.recipe.evidence
+    if questions is None:
+        return None
+
+    def ask(kind: str, rows: datasets.Dataset) -> Tensor:
+        return logits_of(models[kind], task.tokenize(rows, ready.tokenizer), task.collator(ready.tokenizer))
+
+    judge, rows = task.judge(ready.examples), ready.examples.splits["test"]
+    return collect(judge, rows, logits, quality, ask, questions, seed=ready.arguments.seed)
 
 
 def _judged(ready: Prepared, of_dense: Tensor, of_other: Tensor) -> Quality:

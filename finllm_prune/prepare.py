@@ -109,6 +109,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     config = load_config(location)
     architecture = find_architecture(config.model_type)
     _check_gates(recipe, examples)
+    for change in recipe.evidence.perturbations if recipe.evidence is not None else ():
+        change(examples.splits["test"].select([0]), arguments.seed)  # a list of names that cannot be read is told now
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)

@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 from finllm_prune.checkpoints import find_engine, find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Target, check_gates
+from finllm_prune.evaluation.evidence import Questions
+from finllm_prune.evaluation.perturbations import PERTURBATIONS, changes
 from finllm_prune.hub.push import Hub
 from finllm_prune.pruning import (
     BUDGETS,
@@ -112,6 +114,8 @@ class Recipe:
         recording: of the flight recorder; None (``recording: false``) records nothing.
         training: ``transformers.TrainingArguments`` by their own names.
         export: formats to write.
+        evidence: what is asked of both models beside their metrics; None (``evidence: false``) asks nothing. Of a reranker no
+            texts are changed unless the recipe names perturbations: each asks for the scores of all its pairs anew.
         gates: measured value -> threshold; a miss ends the run with exit code 3 after everything is written.
         hub: where the model is pushed when the run is complete and its gates passed; None pushes nothing.
         resolved: the whole recipe as plain data, as it is saved beside the weights.
@@ -128,6 +132,7 @@ class Recipe:
     recording: Recording | None = field(default_factory=Recording)
     training: dict[str, Any] = field(default_factory=dict)
     export: list[str] = field(default_factory=lambda: ["masked", "compact"])
+    evidence: Questions | None = field(default_factory=Questions)
     gates: dict[str, float] = field(default_factory=dict)
     hub: Hub | None = None
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -158,11 +163,12 @@ def parse(data: dict[str, Any]) -> Recipe:
     task = mapping({"name": data["task"]} if isinstance(data["task"], str) else data["task"], "task")
     if "name" not in task:
         raise InputError("task.name: this key is missing; name a task, as sentiment")
+    evidence = _evidence(data.get("evidence", {}), find_task(task["name"]))
     dense = build(Dense, data.get("dense") or {}, "dense")
     training = _training(data.get("training") or {}, "training")
     recipe = Recipe(
         model=build(Model, model, "model"),
-        task=build(find_task(task["name"]), {key: value for key, value in task.items() if key != "name"}, "task"),
+        task=_task(task, [] if evidence is None else evidence.columns()),
         pruning=_pruning(data["pruning"]),
         output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
@@ -172,6 +178,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         recording=_optional(Recording, data.get("recording", {}), "recording"),
         training=training,
         export=typed(list[str], data.get("export", ["masked", "compact"]), "export"),
+        evidence=evidence,
         gates=typed(dict[str, float], data.get("gates") or {}, "gates"),
         hub=_optional(Hub, {"repo_id": hub} if isinstance(hub := data.get("hub"), str) else hub, "hub"),
     )
@@ -195,6 +202,30 @@ def parse(data: dict[str, Any]) -> Recipe:
             "gates.latency_ratio: only a compact or ragged model is faster; add one to export or drop the gate"
         )
     return dataclasses.replace(recipe, resolved=_plain(recipe))
+
+
+def _task(data: dict[str, Any], columns: list[str]) -> Task:
+    """A task that keeps these columns beside its texts."""
+    cls, settings = find_task(data["name"]), {key: value for key, value in data.items() if key != "name"}
+    if columns and "keep_columns" not in {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        raise InputError(
+            f"evidence: task {data['name']} keeps no columns, so nothing is divided by {columns[0]}; remove it"
+        )
+    if columns:
+        settings["keep_columns"] = list(dict.fromkeys([*settings.get("keep_columns", []), *columns]))
+    return build(cls, settings, "task")
+
+
+def _evidence(data: Any, task: type[Task]) -> Questions | None:
+    if data in (None, False):
+        return None
+    settings = mapping({} if data is True else data, "evidence")
+    hints = typing.get_type_hints(Questions)
+    refuse_unknown(settings, list(hints), "evidence")
+    asked = [] if task.pipeline_tag == "text-ranking" else list(PERTURBATIONS)
+    asked = typed(list[Any], settings.pop("perturbations", asked), "evidence.perturbations")
+    given = {key: typed(hints[key], value, f"evidence.{key}") for key, value in settings.items()}
+    return Questions(**given, perturbations=changes(asked, "evidence.perturbations"))
 
 
 def _pruning(data: Any) -> Pruning:
@@ -310,7 +341,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default filled in, as data that YAML and JSON can hold and ``Recipe.load`` can read."""
     names: dict[type, str] = {
         cls: name
-        for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES, REGULARIZERS, ONESHOT)
+        for table in (STRUCTURES, CRITERIA, BUDGETS, SCHEDULES, REGULARIZERS, ONESHOT, PERTURBATIONS)
         for name, cls in table.items()
     }
 

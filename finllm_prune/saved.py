@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, TrainingArguments
 
 from finllm_prune.checkpoints import is_served, serve
+from finllm_prune.checkpoints.manifest import sha256
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows
 from finllm_prune.hub.base_model import locate
@@ -22,6 +23,7 @@ from finllm_prune.tasks import Examples, Task, find_task
 from finllm_prune.tasks.classification import Classification
 
 Rows = list[tuple[str, ...]]
+_MODEL_FILES = (".safetensors", ".onnx", ".json", ".txt", ".model")
 
 
 class Saved:
@@ -55,6 +57,19 @@ class Saved:
         tokens = self.task.tokenize(rows, self.tokenizer)
         own = logits_of(self.model, tokens, self.task.collator(self.tokenizer))
         return own[:, [self.labels.index(label) for label in self.examples.labels]]
+
+    def fingerprint(self) -> list[Any]:
+        """What its answers depend on beside the rows: the files of its folder or its commit on the Hub, task and labels."""
+        task = [type(self.task).__module__, asdict(self.task)]  # type: ignore[call-overload]
+        return [self._files, task, self.examples.labels]
+
+    @cached_property
+    def _files(self) -> list[Any]:
+        folder = Path(self.location)
+        if not folder.is_dir():
+            return [self.location, self.config._commit_hash]
+        files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES)
+        return [[path.name, sha256(path)] for path in files]
 
 
 def evaluate_saved(

@@ -10,6 +10,7 @@ import pytest
 import finllm_prune.conclusion
 import finllm_prune.saved
 from finllm_prune.evaluation import compare
+from finllm_prune.evaluation.evidence import collect
 
 TinyFolder = Callable[..., Path]
 
@@ -87,3 +88,4 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bootstrap with 9 resamples instead of 999: the intervals are no part of the test, and half of its time."""
     for module in (finllm_prune.conclusion, finllm_prune.saved):
         monkeypatch.setattr(module, "compare", partial(compare, resamples=9))
+    monkeypatch.setattr(finllm_prune.conclusion, "collect", partial(collect, resamples=9))

@@ -94,7 +94,8 @@ def test_version_and_help(call: Call, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_run_writes_a_complete_output(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "dense", "masked", "compact", "plots", "README.md", "recorder.parquet", "report.json", "recipe.yaml"
+        "dense", "masked", "compact", "plots", "README.md", "recorder.parquet", "report.json", "report.html", "flips.json",
+        "recipe.yaml"
     }  # fmt: skip
     assert [path.name for path in finished.parent.iterdir() if path.name.startswith("out")] == ["out"]
     figures = report(finished)

@@ -57,6 +57,33 @@ def test_each_format_of_a_run_is_told_for_what_it_is(content: dict[str, Any]) ->
     assert "see its documentation" not in card
 
 
+def test_answers_that_took_long_are_kept_for_runs_that_share_the_dense_model(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finllm_prune.conclusion._LONG", 0.0)
+    monkeypatch.setattr("finllm_prune.conclusion.CACHE", tmp_path / "home")
+    plain = {"pruning": {"rules": [{"target": "mlp", "sparsity": 0.5}]}, "export": ["masked"]}
+    plain |= {"recovery": None, "vocabulary": None, "gates": {}}
+    first = run(parse(content | plain))
+    kept = list((tmp_path / "home" / "answers").iterdir())
+    assert len(kept) == 2, "of the dense and of the pruned model"
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    plain["pruning"]["rules"][0]["sparsity"] = 0.75
+    second = run(
+        parse(
+            content
+            | plain
+            | {"dense": {"checkpoint": str(tmp_path / "out" / "dense")}, "output": str(tmp_path / "second")}
+        )
+    )
+    assert first is not None
+    assert second is not None
+    assert len(list((tmp_path / "home" / "answers").iterdir())) == 3, "the dense model is not asked again"
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    dense = [report.quality.metrics["accuracy"]["dense"] for report in (first, second)]
+    assert dense[0] == dense[1]
+
+
 def test_a_plan_knows_the_trimmed_model_its_recovery_and_its_formats(content: dict[str, Any]) -> None:
     content["model"] = {"name": content["model"], "keep_layers": [0, 2]}
     content["pruning"]["target"] = {"size": 0.6}

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finllm_prune.errors import InputError
-from finllm_prune.suite.perturbations import PERTURBATIONS, Companies, Negations, Numbers
-from finllm_prune.suite.slices import slices
+from finllm_prune.evaluation.perturbations import PERTURBATIONS, Companies, Negations, Numbers
+from finllm_prune.evaluation.slices import slices
 from finllm_prune.tasks import KEPT
 
 

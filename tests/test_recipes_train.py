@@ -97,7 +97,17 @@ def test_a_recipe_trains_to_a_complete_output(
     recipe = Recipe.load(path, overrides)
     report = run(recipe)
     assert report is not None
-    expected = {"dense", *recipe.export, "plots", "README.md", "report.json", "recipe.yaml", "recorder.parquet"}
+    expected = {
+        "dense",
+        *recipe.export,
+        "plots",
+        "README.md",
+        "report.json",
+        "flips.json",
+        "report.html",
+        "recipe.yaml",
+        "recorder.parquet",
+    }
     assert {file.name for file in recipe.output.iterdir()} == expected
     assert not recipe.output.with_name("out.partial").exists()
     assert Recipe.load(recipe.output / "recipe.yaml") == recipe

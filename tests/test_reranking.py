@@ -156,8 +156,9 @@ def test_a_sample_copies_and_a_missing_validation_split(tmp_path: Path) -> None:
     assert kept.facts["dropped_copies"] == {"train": 1, "validation": 0, "test": 0}
     assert "q-goodwill0" not in kept.judged["train"]
     (folder / "qrels" / "validation.tsv").unlink()
-    examples = Reranking(str(folder), train_rows=6, candidates=4).load()
-    assert examples.facts["queries"] == {"train": 5, "validation": 1, "test": 13}
+    examples = Reranking(str(folder), train_rows=6, test_rows=4, candidates=4).load()
+    assert examples.facts["queries"] == {"train": 5, "validation": 1, "test": 4}
+    assert len(examples.splits["test"]) == 16
     assert not set(examples.judged["train"]) & set(examples.judged["validation"])
     assert examples.facts["leakage"]["test in train"]["exact"] == 0
 

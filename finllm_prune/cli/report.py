@@ -24,11 +24,9 @@ def report(
     Of one run: quality, costs, what was cut and when. Of several: a table, the Pareto fronts of quality against time, size and
     kept weights, and links to the runs' own pages; runs on other data or tasks stand apart, and no text of the data is told.
     """
-    from finllm_prune.pages import PAGE, run_page, runs_page
-    from finllm_prune.staging import save_text
+    from finllm_prune.pages import PAGE, compare_runs, write_page
 
     refuse_no_folder(out, "--out")
     alone = len(folders) == 1
-    file = out or (folders[0] / PAGE if alone else Path(PAGE))
-    save_text(run_page(folders[0], texts=texts) if alone else runs_page(folders, file.parent), file)
+    file = write_page(folders[0], out, texts=texts) if alone else compare_runs(folders, out or Path(PAGE))
     console.print(f"Written: {file}", soft_wrap=True, highlight=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finllm_prune.errors import InputError
+from finllm_prune.evaluation.evidence import Evidence
 from finllm_prune.evaluation.quality import Quality
 from finllm_prune.metrics import ERRORS
 
@@ -32,6 +33,7 @@ class Report:
         gates: the thresholds asked for.
         target: what the pruned model was to cost (``check_target``); None where the recipe names no target.
         exported: format -> dense against it on the test split, for formats that are not exactly the pruned model.
+        evidence: what else was asked of both models on the test split; None where the recipe asks nothing.
     """
 
     quality: Quality
@@ -44,6 +46,7 @@ class Report:
     gates: dict[str, float] = field(default_factory=dict)
     target: dict[str, Any] | None = None
     exported: dict[str, Quality] = field(default_factory=dict)
+    evidence: Evidence | None = None
 
     def value(self, name: str) -> float:
         """The measured value that a gate of this name looks at."""
@@ -75,6 +78,7 @@ class Report:
             **quality.pop("metrics"),
             **{f"{name}_retention": value for name, value in quality.pop("retention").items()},
             **quality,
+            "evidence": self.evidence.to_dict() if self.evidence is not None else None,
             "exported": {name: asdict(other) for name, other in self.exported.items()},
             "sparsity": self.sparsity,
             "bytes": self.bytes,

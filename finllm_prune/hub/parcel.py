@@ -27,7 +27,7 @@ _AT_THE_ROOT = ("compact", "masked", "ragged-remote", "ragged", "packed", "packe
 _CARD, _RECIPE, _PLOTS = "README.md", "recipe.yaml", "plots"
 _GOES = {_CARD, _RECIPE, "LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md"}
 # Known, but nobody needs it there: the baseline, the figures of each step, and what may quote texts.
-_STAYS = {"dense", "recorder.parquet", "report.html", REPORT}
+_STAYS = {"dense", "recorder.parquet", "report.html", "flips.json", REPORT}
 _MID_RUN = re.compile(
     r"checkpoints|checkpoint-\d+|(optimizer|scheduler|scaler|rng_state|trainer_state|training_args)\b.*"
 )

@@ -103,7 +103,7 @@ class Chart:
     lines: Sequence[Line] = ()
     bands: Sequence[Band] = ()
     marks: Sequence[Mark] = ()
-    width: int = 340
+    width: int = 300
     height: int = 200
 
     left, top = 38, 18

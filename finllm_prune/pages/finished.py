@@ -13,10 +13,10 @@ import pandas as pd
 
 from finllm_prune.checkpoints.manifest import REPORT
 from finllm_prune.errors import InputError, one_line
+from finllm_prune.evaluation.evidence import FLIPS
 from finllm_prune.staging import UNFINISHED
 from finllm_prune.training import RECORD_FILE
 
-FLIPS = "flips.json"
 # What a report says of itself where it is of a version that did not tell.
 _UNTOLD: dict[str, Any] = {
     "evidence": None, "exported": {}, "gates": {}, "target": None, "per_class": {}, "unit": "row", "warnings": [],
@@ -92,9 +92,9 @@ class Finished:
         return {name: size / sizes["dense"] for name, size in sizes.items() if name not in ("dense", *rounded)}
 
     @property
-    def smallest(self) -> str:
-        """Of these formats."""
-        return min(self.exact, key=lambda name: self.exact[name])
+    def smallest(self) -> str | None:
+        """Of these formats, where there are some."""
+        return min(self.exact, key=lambda name: self.exact[name], default=None)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from finllm_prune.pages import course, heats
 from finllm_prune.pages.finished import Finished, readable
 from finllm_prune.pages.rendering import render
 from finllm_prune.pages.tradeoffs import of_formats, tradeoff
+from finllm_prune.staging import save_text
 
 PAGE = "report.html"
 
@@ -26,6 +27,13 @@ def run_page(folder: Path, *, texts: bool = True) -> str:
     run = Finished.read(folder, texts=texts)
     with readable(folder):
         return render(Path(__file__).with_name("run.html"), run=run, **_values(run, texts))
+
+
+def write_page(folder: Path, out: Path | None = None, *, texts: bool = True) -> Path:
+    """Write it beside the report, or elsewhere."""
+    page = out or folder / PAGE
+    save_text(run_page(folder, texts=texts), page)
+    return page
 
 
 def _values(run: Finished, texts: bool) -> dict[str, Any]:

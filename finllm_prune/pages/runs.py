@@ -12,14 +12,15 @@ from finllm_prune.pages.rendering import render
 from finllm_prune.pages.run import PAGE
 from finllm_prune.pages.tradeoffs import COSTS, of_runs, tradeoff, unbeaten
 from finllm_prune.pages.wording import metric
+from finllm_prune.staging import save_text
 
 
-def runs_page(folders: Sequence[Path], place: Path) -> str:
-    """A table and the Pareto fronts of the runs that were tested alike; texts of the data are not on it.
+def compare_runs(folders: Sequence[Path], out: Path) -> Path:
+    """Write a table and the Pareto fronts of the runs that were tested alike; texts of the data are not told.
 
     Args:
         folders: of the runs.
-        place: the folder where the page will lie; from there it links to the pages of the runs that have one.
+        out: the page; from its folder it links to the pages of the runs that have one.
 
     Raises:
         InputError: a folder holds no report, or one that is damaged.
@@ -32,18 +33,21 @@ def runs_page(folders: Sequence[Path], place: Path) -> str:
             _ = run.kept, run.smallest, run.report["latency_ratio"], run.report["passed"]
         alike.setdefault(group, []).append(run)
     runs = [run for group in alike.values() for run in group]
-    with readable(runs[0].folder.parent):
-        return render(
+    with readable(out):
+        page = render(
             Path(__file__).with_name("runs.html"),
             total=len(runs),
             passed=sum(bool(run.report["passed"]) for run in runs),
-            groups=[_group(task, name, group, place) for (task, _, name), group in alike.items()],
+            groups=[_group(task, name, group, out.parent) for (task, _, name), group in alike.items()],
             errors=ERRORS,
         )
+    save_text(page, out)
+    return out
 
 
 def _group(task: str, name: str, runs: list[Finished], place: Path) -> dict[str, Any]:
     models = of_runs(runs, name)
+    names = _short([run.folder for run in runs])
     best = {cost: {each.name for each in unbeaten(models, cost, name)} for cost in COSTS}
     return {
         "title": f"{task}, {metric(name)}",
@@ -53,7 +57,7 @@ def _group(task: str, name: str, runs: list[Finished], place: Path) -> dict[str,
         "runs": [
             {
                 "number": number,
-                "name": str(run.folder),
+                "name": names[run.folder],
                 "run": run,
                 "link": _link(run.folder / PAGE, place),
                 "fronts": [cost for cost in COSTS if str(number) in best[cost]],
@@ -61,6 +65,13 @@ def _group(task: str, name: str, runs: list[Finished], place: Path) -> dict[str,
             for number, run in enumerate(runs, start=1)
         ],
     }
+
+
+def _short(folders: Sequence[Path]) -> dict[Path, str]:
+    """Their names, with as much of the way as tells them apart."""
+    whole = [folder.resolve() for folder in folders]
+    common = os.path.commonpath([folder.parent for folder in whole])
+    return {folder: os.path.relpath(path, common) for folder, path in zip(folders, whole, strict=True)}
 
 
 def _link(page: Path, place: Path) -> str | None:

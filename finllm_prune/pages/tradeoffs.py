@@ -42,14 +42,12 @@ def of_formats(run: Finished, name: str) -> list[Model]:
 
 def of_runs(runs: Sequence[Finished], name: str) -> list[Model]:
     """The dense models, then the pruned one of each run by its number, at the size of its smallest format."""
-    models = [
-        Model(
-            str(number), run.metrics[name]["pruned"], run.metrics[name]["pruned_interval"],
-            {"time": run.report["latency_ratio"], "size": run.exact[run.smallest], "weights": run.kept},
-        )
-        for number, run in enumerate(runs, start=1)
-    ]  # fmt: skip
-    return _dense(runs, name) + models
+    models = _dense(runs, name)
+    for number, run in enumerate(runs, start=1):
+        costs = {"time": run.report["latency_ratio"], "weights": run.kept}
+        costs |= {"size": run.exact[run.smallest]} if run.smallest else {}
+        models.append(Model(str(number), run.metrics[name]["pruned"], run.metrics[name]["pruned_interval"], costs))
+    return models
 
 
 def _dense(runs: Sequence[Finished], name: str) -> list[Model]:
@@ -59,8 +57,8 @@ def _dense(runs: Sequence[Finished], name: str) -> list[Model]:
 
 
 def unbeaten(models: Sequence[Model], cost: str, name: str) -> list[Model]:
-    """Those on the front, the cheapest first."""
-    sign = -1 if name in ERRORS else 1
+    """Those on the front, the cheapest first; a model without this cost is on none."""
+    models, sign = [each for each in models if cost in each.costs], -1 if name in ERRORS else 1
     return [models[place] for place in front([(each.costs[cost], sign * each.value) for each in models])]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import GATES
 from finllm_prune.evaluation.non_inferiority import NonInferiority
-from finllm_prune.settings import build, mapping, named, read_yaml, refuse_unknown, typed
-from finllm_prune.suite.perturbations import PERTURBATIONS, Perturbation
-from finllm_prune.suite.slices import SLICES
+from finllm_prune.evaluation.perturbations import PERTURBATIONS, Perturbation, changes
+from finllm_prune.evaluation.slices import SLICES
+from finllm_prune.settings import build, mapping, read_yaml, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
 
 
@@ -147,8 +147,8 @@ def _entry(data: Any, where: str) -> Entry:
     if "name" not in task:
         raise InputError(f"{where}.task.name: this key is missing; name a task, as sentiment")
     names = typed(list[str], settings.get("slices", list(SLICES)), f"{where}.slices")
-    changes = typed(list[Any], settings.get("perturbations", list(PERTURBATIONS)), f"{where}.perturbations")
-    perturbations = [named(PERTURBATIONS, each, f"{where}.perturbations.{i}") for i, each in enumerate(changes)]
+    asked_changes = typed(list[Any], settings.get("perturbations", list(PERTURBATIONS)), f"{where}.perturbations")
+    perturbations = changes(asked_changes, f"{where}.perturbations")
     columns = [name for name in names if name not in SLICES]
     columns += [column for each in perturbations for column in each.columns()]
     published = typed(list[Any], settings.get("published") or [], f"{where}.published")

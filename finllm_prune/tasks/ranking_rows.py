@@ -55,16 +55,21 @@ class RankingExamples(Examples):
         return digest.hexdigest()
 
 
-def completed(data: Retrieval, train_rows: int | None) -> Retrieval:
-    """A sample of the training queries if asked, and a tenth of them for validation where there is no such split."""
-    if "train" not in data.judged:
-        return data
-    train, candidates = data.judged["train"], data.candidates
-    if train_rows is not None:
-        if not 0 < train_rows <= len(train):
-            raise InputError(f"task.train_rows: {train_rows} of {len(train)} queries cannot be taken")
-        train = _sample(train, train_rows)
-    judged = data.judged | {"train": train}
+def completed(data: Retrieval, **rows: int | None) -> Retrieval:
+    """Samples of the training and test queries if asked, and a tenth of the training's where there is no validation split.
+
+    Args:
+        rows: ``train`` and ``test``: how many queries; None takes all.
+    """
+    judged, candidates = dict(data.judged), data.candidates
+    for split, count in rows.items():
+        if count is not None and split in judged:
+            if not 0 < count <= len(judged[split]):
+                raise InputError(f"task.{split}_rows: {count} of {len(judged[split])} queries cannot be taken")
+            judged[split] = _sample(judged[split], count)
+    if "train" not in judged:
+        return replace(data, judged=judged)
+    train = judged["train"]
     if "validation" not in judged:
         if len(train) < 2:
             raise InputError(f"task.dataset: {data.source} has one training query and none for validation; add some")

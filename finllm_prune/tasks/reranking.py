@@ -47,7 +47,7 @@ class Reranking:
         negatives: other passages in a list, drawn from the query's candidates.
         candidates: how many passages of the first stage are ranked, and negatives drawn from.
         bm25: the first stage, where the data brings no candidates.
-        train_rows: train on a fixed random sample of this many queries; None takes all.
+        train_rows, test_rows: train or test on a fixed random sample of this many queries; None takes all.
         deduplicate: drop queries that come again in a later split, but for case, spaces, digits and punctuation.
         bad_rows: ``refuse`` data with a broken row, or ``skip`` such rows, counted.
         prompt: how a causal language model is asked. Other models are not asked, unless this is given.
@@ -65,6 +65,7 @@ class Reranking:
     candidates: int = 100
     bm25: BM25 = field(default_factory=BM25)
     train_rows: int | None = None
+    test_rows: int | None = None
     deduplicate: bool = False
     bad_rows: Choice = "refuse"
     prompt: Prompt | None = None
@@ -83,7 +84,8 @@ class Reranking:
         return OneOutput(self.prompt or Prompt())
 
     def load(self) -> RankingExamples:
-        data = completed(read_beir(self.dataset, BUILTIN / "reranking", self.bad_rows), self.train_rows)
+        data = read_beir(self.dataset, BUILTIN / "reranking", self.bad_rows)
+        data = completed(data, train=self.train_rows, test=self.test_rows)
         facts: dict[str, Any] = {"bad_rows": data.bad_rows}
         queries = query_rows(data)
         if self.deduplicate and "train" in data.judged:

@@ -5,11 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import datasets
 
 from finllm_prune.errors import InputError
+from finllm_prune.settings import named
 from finllm_prune.tasks import KEPT
 from finllm_prune.tasks.masking import Masker
 
@@ -142,6 +143,11 @@ def _times(number: str, factor: float) -> str:
     places = len(number.partition(".")[2])
     product = float(number.replace(",", "")) * factor
     return f"{product:,.{places}f}" if grouped else f"{product:.{places}f}"
+
+
+def changes(asked: Sequence[Any], where: str) -> list[Perturbation]:
+    """``[numbers, {name: companies, column: issuer}]`` -> perturbations; InputError names the entry that is none."""
+    return [named(PERTURBATIONS, each, f"{where}.{number}") for number, each in enumerate(asked)]
 
 
 PERTURBATIONS: Mapping[str, type[Perturbation]] = {
