@@ -35,12 +35,12 @@ def axis(label: str, values: Iterable[float], ticks: int = 5, *, zero: bool = Fa
         label: what they are, with the unit.
         values: of the points.
         ticks: about this many.
-        zero: whether it begins at 0.
+        zero: whether it begins at 0, where no value lies below.
         turned: whether the least value is at its far end.
     """
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     room = 0.06 * (max(known) - min(known)) or 0.05 * abs(known[0]) or 1.0
-    low, high = 0.0 if zero else min(known) - room, max(known) + room
+    low, high = 0.0 if zero and min(known) >= 0 else min(known) - room, max(known) + room
     inside = [round(tick, 12) for tick in MaxNLocator(ticks).tick_values(low, high) if low <= tick <= high]
     return Axis(label, high if turned else low, low if turned else high, inside)
 

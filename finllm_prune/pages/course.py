@@ -47,8 +47,10 @@ def scores(record: pd.DataFrame) -> list[Chart]:
     charts = []
     for kind, part in scored.groupby(scored["layer"].map(lambda layer: place_of(layer)[1]), sort=False):
         means = part.groupby("step")[[name for name in part if name.startswith("score_q")]].mean()
-        bands = [Band(list(means[[f"score_q{low}", f"score_q{high}"]].itertuples(name=None)), kind)
-                 for low, high, kind in (("05", "95", "whole"), ("25", "75", "middle"))]  # fmt: skip
+        bands = [
+            Band(list(means[[f"score_q{low}", f"score_q{high}"]].itertuples(name=None)), part_of)
+            for low, high, part_of in (("05", "95", "whole"), ("25", "75", "middle"))
+        ]
         lines = [Line(_points(means["score_q50"]), "pruned")]
         charts.append(_over_steps(str(kind) or "all", "score", lines, bands, small=True))
     return charts
