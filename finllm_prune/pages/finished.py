@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from finllm_prune.checkpoints import LOSSY
 from finllm_prune.checkpoints.manifest import REPORT
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation.evidence import FLIPS
@@ -80,6 +81,13 @@ class Finished:
         tested = [str(self.evidence["headline"])] if self.evidence else []
         return next(name for name in [*asked, *tested, *self.metrics] if name in self.metrics)
 
+    def quality_of(self, format_name: str) -> dict[str, dict[str, Any]] | None:
+        """The metrics of a format, as ``metrics``; None where they were not measured."""
+        if format_name in LOSSY:
+            quality = self.report["exported"].get(format_name)
+            return None if quality is None else dict(quality["metrics"])
+        return self.metrics
+
     @property
     def kept(self) -> float:
         """The part of the encoder's linear weights that is left."""
@@ -88,8 +96,8 @@ class Finished:
     @property
     def exact(self) -> dict[str, float]:
         """Format -> its size as a part of the dense model's, of those that are the pruned model itself."""
-        sizes, rounded = self.report["bytes"], self.report["exported"]
-        return {name: size / sizes["dense"] for name, size in sizes.items() if name not in ("dense", *rounded)}
+        sizes = self.report["bytes"]
+        return {name: size / sizes["dense"] for name, size in sizes.items() if name not in ("dense", *LOSSY)}
 
     @property
     def smallest(self) -> str | None:

@@ -39,14 +39,15 @@ def write_page(folder: Path, out: Path | None = None, *, texts: bool = True) -> 
 def _values(run: Finished, texts: bool) -> dict[str, Any]:
     report, evidence, record = run.report, run.evidence or {}, run.record
     models, found = of_formats(run, run.headline), evidence.get("confusion")
+    base = Path(report["base_model"]["name"])
     return {
+        "base": base.name if base.is_absolute() else str(base),
         "failed": [name for name, gate in report["gates"].items() if not gate["passed"]],
         "unit": report["unit"],
         "confidence": f"{100 - 200 * evidence['alpha']:g} %" if evidence else "",
         "retention": {name: report[f"{name}_retention"] for name in run.metrics},
         "least": GATES,
         "errors": ERRORS,
-        "rounded": report["exported"],
         "tax": evidence.get("tax") or _classes(report["per_class"]),
         "confusion": heats.confusion(found) if found else None,
         "tradeoffs": [chart for cost in ("time", "size") if (chart := tradeoff(models, cost, run.headline))],

@@ -30,13 +30,13 @@ class Model:
 def of_formats(run: Finished, name: str) -> list[Model]:
     """The dense model and each format of a run; of time those that were timed."""
     times = {each["model"]: each["ratio"] for each in reversed(run.report["latency"])}
-    rounded, sizes = run.report["exported"], run.report["bytes"]
+    sizes = run.report["bytes"]
     models = _dense([run], name)
     for each, size in sizes.items():
-        if each != "dense":
-            found = rounded[each]["metrics"][name] if each in rounded else run.metrics[name]
+        found = run.quality_of(each)
+        if each != "dense" and found is not None:
             costs = {"size": size / sizes["dense"]} | ({"time": times[each]} if each in times else {})
-            models.append(Model(each, found["pruned"], found["pruned_interval"], costs))
+            models.append(Model(each, found[name]["pruned"], found[name]["pruned_interval"], costs))
     return models
 
 

@@ -26,6 +26,9 @@ classify = pipeline("text-classification", model="out/compact")
 """
 
 
+QUOTED = "The loss widened, our client said."  # a text of the data, which the files for people here may quote
+
+
 def write_output(
     folder: Path, tokenizer: PreTrainedTokenizerFast, formats: tuple[str, ...] = ("masked", "compact"), seed: int = 0
 ) -> Path:
@@ -43,6 +46,8 @@ def write_output(
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": "/home/me/deals/model", "output": "outputs/mine"}))
     report(folder, True)
     (folder / "recorder.parquet").write_bytes(b"PAR1")
+    for name in ("report.html", "flips.json"):
+        (folder / name).write_text(f'["{QUOTED}"]')
     model.save_pretrained(folder / "dense")
     for name in formats:
         shutil.copytree(folder / "plots", folder / name / "plots")
