@@ -85,7 +85,19 @@ def test_version_and_help(call: Call, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"finllm-prune {finllm_prune.__version__}\n"
     assert call("--help") == 0
     shown = capsys.readouterr().out
-    commands = ("run", "plan", "evaluate", "inspect", "verify", "export", "delta", "trim", "push", "pull-and-compare")
+    commands = (
+        "run",
+        "plan",
+        "evaluate",
+        "inspect",
+        "verify",
+        "export",
+        "delta",
+        "trim",
+        "push",
+        "pull-and-compare",
+        "report",
+    )
     assert all(command in shown for command in commands)
     for command in commands:
         assert call(command, "--help") == 0

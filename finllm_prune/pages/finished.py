@@ -21,7 +21,7 @@ from finllm_prune.training import RECORD_FILE
 # What a report says of itself where it is of a version that did not tell.
 _UNTOLD: dict[str, Any] = {
     "evidence": None, "exported": {}, "gates": {}, "target": None, "per_class": {}, "unit": "row", "warnings": [],
-    "commit": None, "paired_test": "", "paired_p": None,
+    "commit": None, "collapsed": False, "paired_test": "", "paired_p": None,
 }  # fmt: skip
 
 
