@@ -42,7 +42,9 @@ def _values(run: Finished, texts: bool) -> dict[str, Any]:
     base = Path(report["base_model"]["name"])
     return {
         "base": base.name if base.is_absolute() else str(base),
-        "failed": [name for name, gate in report["gates"].items() if not gate["passed"]],
+        "collapsed": [
+            name for name, quality in {"pruned": report, **report["exported"]}.items() if quality["collapsed"]
+        ],
         "unit": report["unit"],
         "confidence": f"{100 - 200 * evidence['alpha']:g} %" if evidence else "",
         "retention": {name: report[f"{name}_retention"] for name in run.metrics},

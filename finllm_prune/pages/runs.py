@@ -25,12 +25,17 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
     Raises:
         InputError: a folder holds no report, or one that is damaged.
     """
-    alike: dict[tuple[str, str, str], list[Finished]] = {}
+    alike: dict[tuple[str, ...], list[Finished]] = {}
     for folder in folders:
         run = Finished.read(folder, texts=False)
         with readable(folder):
-            group = (run.report["task"], run.report["data"]["source"], run.headline)
-            _ = run.kept, run.smallest, run.report["latency_ratio"], run.report["passed"]
+            group = (run.report["task"], run.report["data"]["source"], *run.metrics)
+            _ = (
+                run.headline,
+                run.kept,
+                run.smallest,
+                run.report["latency_ratio"],
+            )  # what is damaged is found, and named, here
         alike.setdefault(group, []).append(run)
     runs = [run for group in alike.values() for run in group]
     with readable(out):
@@ -38,19 +43,20 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
             Path(__file__).with_name("runs.html"),
             total=len(runs),
             passed=sum(bool(run.report["passed"]) for run in runs),
-            groups=[_group(task, name, group, out.parent) for (task, _, name), group in alike.items()],
+            groups=[_group(group, out.parent) for group in alike.values()],
             errors=ERRORS,
         )
     save_text(page, out)
     return out
 
 
-def _group(task: str, name: str, runs: list[Finished], place: Path) -> dict[str, Any]:
+def _group(runs: list[Finished], place: Path) -> dict[str, Any]:
+    name = runs[0].headline
     models = of_runs(runs, name)
     names = _short([run.folder for run in runs])
     best = {cost: {each.name for each in unbeaten(models, cost, name)} for cost in COSTS}
     return {
-        "title": f"{task}, {metric(name)}",
+        "title": f"{runs[0].report['task']}, {metric(name)}",
         "metric": name,
         "fingerprints": len({run.report["data"]["fingerprint"] for run in runs}),
         "charts": [chart for cost in COSTS if (chart := tradeoff(models, cost, name))],
