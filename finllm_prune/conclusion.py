@@ -22,12 +22,13 @@ from finllm_prune.evaluation import (
     removed,
     weight_bytes,
 )
-from finllm_prune.evaluation.evidence import Evidence, collect
+from finllm_prune.evaluation.evidence import FLIPS, Evidence, collect
 from finllm_prune.evaluation.kept import Kept, fingerprint
 from finllm_prune.evaluation.latency_table import CACHE
 from finllm_prune.evaluation.plots import draw, draw_record
 from finllm_prune.hub.card import write_card
 from finllm_prune.inference import logits_of
+from finllm_prune.pages import write_page
 from finllm_prune.prepare import Prepared, engine_of
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
@@ -41,8 +42,6 @@ _FASTEST = (
     "compact",
     "packed",
 )  # the narrowest blocks first; packed ones are those of ragged
-
-FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
 _LONG = 60.0  # seconds
 
 Classifier = Callable[..., Any]
@@ -92,6 +91,7 @@ def conclude(
     write_card(report.to_dict(), work, recipe.export)
     close_work(work, work)
     publish(work, recipe.output)
+    write_page(recipe.output)  # of files that are there, and can be made again from them
     return report
 
 

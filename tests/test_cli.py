@@ -86,7 +86,8 @@ def test_version_and_help(call: Call, capsys: pytest.CaptureFixture[str]) -> Non
     assert call("--help") == 0
     shown = capsys.readouterr().out
     commands = (
-        "run", "plan", "evaluate", "inspect", "verify", "export", "delta", "trim", "card", "push", "pull-and-compare"
+        "run", "plan", "evaluate", "inspect", "verify", "export", "delta", "trim", "card", "report", "sweep", "push",
+        "pull-and-compare",
     )  # fmt: skip
     assert all(command in shown for command in commands)
     for command in commands:
@@ -96,7 +97,8 @@ def test_version_and_help(call: Call, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_run_writes_a_complete_output(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "dense", "masked", "compact", "plots", "README.md", "recorder.parquet", "report.json", "flips.json", "recipe.yaml"
+        "dense", "masked", "compact", "plots", "README.md", "recorder.parquet", "report.json", "report.html", "flips.json",
+        "recipe.yaml"
     }  # fmt: skip
     assert [path.name for path in finished.parent.iterdir() if path.name.startswith("out")] == ["out"]
     figures = report(finished)

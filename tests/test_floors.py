@@ -14,7 +14,7 @@ FLOORS = [
     {"judges"},
     {"training", "tasks", "checkpoints"},
     {"evaluation"},
-    {"hub"},
+    {"hub", "pages"},
     {"recipe", "registration", "loading"},
     {"workfolder"},
     {"prepare"},

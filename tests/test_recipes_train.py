@@ -104,6 +104,7 @@ def test_a_recipe_trains_to_a_complete_output(
         "README.md",
         "report.json",
         "flips.json",
+        "report.html",
         "recipe.yaml",
         "recorder.parquet",
     }

@@ -59,7 +59,7 @@ def test_a_larger_teacher_leaves_a_plain_model_and_nothing_of_its_own(
     report = run(recipe(**distillation))
     assert report is not None
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "dense", "masked", "plots", "README.md", "report.json", "flips.json", "recipe.yaml", "recorder.parquet",
+        "dense", "masked", "plots", "README.md", "report.json", "report.html", "flips.json", "recipe.yaml", "recorder.parquet",
     }  # fmt: skip
     assert (
         yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["distillation"].items() >= distillation.items()

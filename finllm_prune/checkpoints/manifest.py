@@ -17,7 +17,7 @@ MANIFEST = "finllm_prune.json"
 FORMAT_VERSION = 1
 REPORT = "report.json"
 DELTA = "delta.safetensors"  # the one file of a delta, which alone has no model to be proved
-FOR_PEOPLE = ("", ".md", ".yaml", ".png")
+FOR_PEOPLE = ("", ".md", ".yaml", ".png", ".html")
 
 
 def write_manifest(

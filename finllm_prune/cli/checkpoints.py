@@ -22,8 +22,8 @@ def verify(
 ) -> None:
     """Prove exported checkpoints again from their files: hashes, zeros, recorded logits; one line for each.
 
-    Files that are not named in the manifest are allowed for people only (.md, .yaml, .png, no suffix, the report): transformers
-    would take a stray weight file, adapter or script for a part of the model. A Hub id is downloaded first.
+    Files that are not named in the manifest are allowed for people only (.md, .yaml, .png, .html, no suffix, report.json):
+    transformers would take a stray weight file, adapter or script for a part of the model. A Hub id is downloaded first.
 
     Exit codes: 0 all hold, 2 nothing was exported there, 4 the first that does not hold.
     """

@@ -20,6 +20,7 @@ from finllm_prune.evaluation.slices import SLICES, slices
 from finllm_prune.evaluation.tax import tax
 from finllm_prune.judges import Answers, ClassJudge, Indices, Judge
 
+FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
 KINDS = ("dense", "pruned")
 _SHOWN = 25  # flips with their texts
 Ask = Callable[[str, datasets.Dataset], Tensor]

@@ -11,6 +11,8 @@ import pandas as pd
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from finllm_prune.evaluation.sparsity import place_of
+
 
 def draw(layers: list[dict[str, Any]], history: list[dict[str, Any]], folder: Path) -> None:
     """``sparsity.png`` (sparsity and loss over steps) and ``density.png`` (kept weights, block by matrix)."""
@@ -61,7 +63,7 @@ def _scores(table: pd.DataFrame, path: Path) -> None:
     """One panel per kind of layer: rules may differ between kinds, and with them the scale of the scores."""
     scored = table[table.groupby("layer")["score_q50"].transform("count") > 0]  # filled layers begin without scores
     table = table if scored.empty else scored
-    kinds = table.groupby(table["layer"].map(lambda layer: _place(layer)[1]), sort=False)
+    kinds = table.groupby(table["layer"].map(lambda layer: place_of(layer)[1]), sort=False)
     rows = -(-len(kinds) // 3)
     figure, axes = plt.subplots(
         rows, min(3, len(kinds)), figsize=(7, 0.8 + 2.2 * rows), layout="constrained", squeeze=False, sharex=True
@@ -106,7 +108,7 @@ def _sparsity(history: list[dict[str, Any]], path: Path) -> None:
 def _density(layers: list[dict[str, Any]], path: Path) -> None:
     blocks: dict[str, dict[str, float]] = {}
     for layer in layers:
-        block, matrix = _place(layer["layer"])
+        block, matrix = place_of(layer["layer"])
         blocks.setdefault(block, {})[matrix] = layer["density"]
     names = list(dict.fromkeys(name for row in blocks.values() for name in row))
     grid = np.array([[row.get(name, np.nan) for name in names] for row in blocks.values()])
@@ -127,13 +129,6 @@ def _density(layers: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _place(layer: str) -> tuple[str, str]:
-    """``a.layer.3.output.dense`` -> ``("a.layer.3", "output.dense")``; a name without a number is its own kind."""
-    parts = layer.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
-
-
 def _short(layers: Iterable[str]) -> list[str]:
     """Names without what comes before the number of the block."""
-    return [f"{block.rpartition('.')[2]} {matrix}".strip() for block, matrix in map(_place, layers)]
+    return [f"{block.rpartition('.')[2]} {matrix}".strip() for block, matrix in map(place_of, layers)]

@@ -21,6 +21,13 @@ def layer_table(model: PreTrainedModel) -> list[dict[str, Any]]:
     ]
 
 
+def place_of(layer: str) -> tuple[str, str]:
+    """``a.layer.3.output.dense`` -> ``("a.layer.3", "output.dense")``; a name without a number is its own kind."""
+    parts = layer.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
+
+
 def removed(dense: PreTrainedModel, model: PreTrainedModel) -> dict[str, float]:
     """The part of the dense model's non-zero weights that are zero or gone.
 

@@ -4,7 +4,7 @@ import shutil
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from finllm_prune.hub.card import base_license
+from finllm_prune.hub.card import license_of
 from finllm_prune.prepare import prepare
 from finllm_prune.recipe import Recipe
 from finllm_prune.run import dense
@@ -25,7 +25,7 @@ def train_teacher(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fal
     dense(ready)
     folder = ready.work / "dense"
     shutil.copy(ready.work / "recipe.yaml", folder)
-    facts = ModelCardData(license=recipe.model.license or base_license(ready.location))
+    facts = ModelCardData(license=recipe.model.license or license_of(ready.location))
     ModelCard(f"---\n{facts}\n---\n# {recipe.model.name}, fine-tuned\n\nThe dense model of a sweep.\n").save(
         folder / "README.md"
     )

@@ -26,6 +26,9 @@ classify = pipeline("text-classification", model="out/compact")
 """
 
 
+QUOTED = "The loss widened, our client said."  # a text of the data, which the files for people here may quote
+
+
 def write_output(
     folder: Path, tokenizer: PreTrainedTokenizerFast, formats: tuple[str, ...] = ("masked", "compact"), seed: int = 0
 ) -> Path:
@@ -45,8 +48,9 @@ def write_output(
     (folder / "recorder.parquet").write_bytes(b"PAR1")
     (folder / "runs" / "prune").mkdir(parents=True)
     (folder / "runs" / "prune" / "events.out.tfevents.1").write_bytes(b"logged")
-    (folder / "flips.json").write_text('[{"text": "Not for others."}]')
     (folder / "governance.yaml").write_text("governance: {owner: Model Risk}\n")
+    for name in ("report.html", "flips.json"):
+        (folder / name).write_text(f'["{QUOTED}"]')
     model.save_pretrained(folder / "dense")
     for name in formats:
         shutil.copytree(folder / "plots", folder / name / "plots")

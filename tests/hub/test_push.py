@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from tests import small
 from tests.conftest import logits, tiny_model
-from tests.hub.finished import report, write_output
+from tests.hub.finished import QUOTED, report, write_output
 from tests.hub.loopback import READ, WRITE, Fault, LoopbackHub
 from tests.hub.shell import Done, Shell
 from tests.test_faults import contents
@@ -105,9 +105,16 @@ def test_what_is_pushed_loads_in_a_fresh_process(
     assert files == hub.files(name, "v1")
     assert len(hub.repos[name].branches["main"]) == 2, "one commit on the first, empty one"
     assert {path.partition("/")[0] for path in files if "/" in path} == {"masked", "ragged", "packed", "plots"}
-    assert not {"report.json", "flips.json", "governance.yaml", "recorder.parquet", "dense/model.safetensors"} & set(
-        files
-    )
+    stays = {
+        "report.json",
+        "report.html",
+        "flips.json",
+        "governance.yaml",
+        "recorder.parquet",
+        "dense/model.safetensors",
+    }
+    assert not stays & set(files)
+    assert not any(QUOTED.encode() in content for content in files.values()), "no text of the data leaves"
     assert b"deals" not in files["recipe.yaml"]
     card = files["README.md"].decode()
     assert f'model="{name}"' in card
