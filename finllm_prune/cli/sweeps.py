@@ -69,7 +69,7 @@ def sweep(
 
     One dense model is trained (by the recipe's own seed) and shared; each cell is a run, in OUTPUT/sparsity-0.75_seed-42 with
     its log beside it. Stop it at any time: the runs save first, and the same command with --resume goes on. At the end: a
-    table, OUTPUT/sweep.json and OUTPUT/pareto.png.
+    table, OUTPUT/sweep.json, OUTPUT/pareto.png and the page OUTPUT/report.html.
 
     --pick takes the setting of fewest bytes (of its smallest exact format; then of fewest weights) of which all seeds passed
     their gates, and of it the first seed. With several --devices the CPU latency of cells is measured while others run.

@@ -13,6 +13,7 @@ import yaml
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import refuse_out_of_reach
+from finllm_prune.pages import PAGE, compare_runs
 from finllm_prune.prepare import read
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import publish, save_text
@@ -198,6 +199,7 @@ def _write(results: Results, output: Path) -> None:
     save_text(f"{json.dumps(results.to_dict(), indent=2)}\n", output / RESULTS)
     if results.settings:
         draw_pareto(results, output / "pareto.png")
+        compare_runs([output / result.cell for each in results.settings for result in each.results], output / PAGE)
 
 
 def _pick(results: Results, output: Path) -> Result | None:
