@@ -20,7 +20,7 @@ from finllm_prune.inference import answer, gather_of
 from finllm_prune.judges import Judge
 from finllm_prune.loading import load_model
 from finllm_prune.prepare import Prepared, prepare, training_arguments
-from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, split_mesh
+from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, attach, split_mesh
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import staged
 from finllm_prune.training import (
@@ -29,8 +29,11 @@ from finllm_prune.training import (
     Seam,
     SmallerCallback,
     Teacher,
+    adapt,
+    adapters_of,
     hand_over,
     measure_sensitivity,
+    merge,
     prune_once,
     sample_batches,
     with_teacher_logits,
@@ -74,8 +77,9 @@ def dense(ready: Prepared) -> PreTrainedModel:
     if not exists:
         model = ready.model
         if ready.recipe.dense.checkpoint is None:
-            trainer = _trainer(ready, model, "dense", ready.recipe.dense.training)
-            trainer.go_on()
+            adapted = _adapted(ready, model)
+            _trainer(ready, adapted, "dense", ready.recipe.dense.training).go_on()
+            model = adapted if ready.recipe.peft is None else merge(adapted)
         _save_plain(model, ready.tokenizer, folder)
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
 
@@ -97,15 +101,16 @@ def prune(
     rules = recipe.pruning.rules
     fill = architecture.whole_units(student, rules) if recipe.pruning.fill else []
     pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill, ready.costs)
+    adapted = _adapted(ready, student, pruner)
     seam = [Seam(pruner, recipe.recovery)] if recipe.recovery else []
     trainer = _trainer(
-        ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording,
-        callbacks=seam,
+        ready, adapted, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording,
+        callbacks=seam, exact_gradients=recipe.peft is not None and recipe.peft.gradients == "exact",
     )  # fmt: skip
     if trainer.args.resume_from_checkpoint is None:  # a checkpoint holds the outcome
-        _calibrate(ready, student, pruner)
+        _calibrate(ready, adapted, pruner)
     trainer.go_on()
-    student = _whole(ready, student, pruner)
+    student = _whole(ready, student, pruner) if recipe.peft is None else merge(adapted)
     log = trainer.state.log_history
     clock["pruned"] = time.time()
     if recipe.recovery is not None:
@@ -113,6 +118,17 @@ def prune(
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
     return student, pruner, trainer.recorder, [entry for entry in log if "sparsity" in entry]
+
+
+def _adapted(ready: Prepared, model: PreTrainedModel, pruner: Pruner | None = None) -> PreTrainedModel:
+    """The model itself, or behind it what trains adapters in its place; a pruner of the model is told of them."""
+    lora = ready.recipe.peft
+    if lora is None:
+        return model
+    adapted = adapt(model, lora, ready.arguments.seed)
+    if pruner is not None:
+        attach(pruner.groups, adapters_of(adapted), estimated=lora.gradients == "lora")
+    return adapted
 
 
 def _recover(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,12 @@ KEPT = ("parked", "origin")  # weight-shaped tensors that a slot may hold beside
 class Slot:
     """A parameter seen as a matrix: a bias is a weight with one column, so that it goes with its row."""
 
+    judged: ClassVar[bool] = True
+    """Whether its values say what a unit is worth; an adapter's factor is only cut with the others."""
+
+    frozen: ClassVar[bool] = False
+    """Whether no optimizer moves it and no checkpoint holds it."""
+
     def __init__(self, name: str, parameter: nn.Parameter, site: Site):
         self.name = name
         self.parameter = parameter
@@ -113,6 +120,16 @@ class Slot:
         return grad if grad is None or grad.ndim == 2 else grad.unsqueeze(1)
 
     @property
+    def effective(self) -> Tensor:
+        """What the forward multiplies by, which criteria judge: the weight, with what an adapter adds to it."""
+        return self.weight
+
+    @property
+    def effective_gradient(self) -> Tensor | None:
+        """The loss's gradient with respect to ``effective``, or an estimate of it."""
+        return self.gradient
+
+    @property
     def outline(self) -> Tensor:
         """The shape of the whole matrix, without values."""
         shape = self.parameter.shape
@@ -132,7 +149,8 @@ class Group:
 
     ``mask`` (bool, the grid's shape) is True where a unit is kept. While a unit is cut its weights are exact zeros in
     the model, and their values are *parked*: ``W = weight + parked``. A ``gate`` (fp32, 0 to 1) weighs the units that are
-    kept: the model holds ``gate * W``, and what is missing is parked.
+    kept: the model holds ``gate * W``, and what is missing is parked. ``heard`` is ``sum(dL/dW' * W)`` per unit where gradients
+    were consumed as they came (``pruning.adapters``).
     """
 
     def __init__(self, name: str, rule: Rule, slots: list[Slot]):
@@ -147,6 +165,7 @@ class Group:
         self.mask = whole if self.split is None else self.split.part(whole)
         self.kept = self.units
         self.gate: Tensor | None = None
+        self.heard: Tensor | None = None
         rule.criterion.check(self)
 
     @property
@@ -163,9 +182,14 @@ class Group:
     def cut(self) -> bool:
         return self.kept < self.units
 
+    @property
+    def matrices(self) -> list[Slot]:
+        """Without biases, and without what an adapter adds."""
+        return [slot for slot in self._judged() if slot.parameter.ndim == 2]
+
     def sum(self, value: Callable[[Slot], Tensor], among: Sequence[Slot] | None = None) -> Tensor:
         """A weight-shaped value per slot, summed per unit over the whole group (or some of its slots), on all ranks."""
-        structure, slots = self.rule.structure, self.slots if among is None else among
+        structure, slots = self.rule.structure, self._judged() if among is None else among
         parts = [
             structure.reduce(value(slot), slot.site)
             if slot.split is None or structure.single
@@ -224,6 +248,7 @@ class Group:
 
     def clear_gradients(self) -> None:
         """The optimizer sees no gradient of what is cut, and none at all (so no decay either) of frozen weights."""
+        self.heard = None
         for slot in self.slots:
             if not self.rule.criterion.trains_weights:
                 slot.parameter.grad = None
@@ -268,6 +293,9 @@ class Group:
             slot.parked = None
             if slot.pruned is not None:
                 slot.weight.masked_fill_(slot.pruned, 0)
+
+    def _judged(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.judged]
 
 
 def give_densities(groups: Sequence[Group], densities: Sequence[float]) -> None:

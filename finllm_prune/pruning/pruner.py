@@ -185,8 +185,7 @@ class Pruner:
         """The part of all targeted weights (biases not counted) that is cut now."""
         cut = total = 0.0
         for group in self.groups:
-            matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
-            size = sum(slot.parameter.numel() for slot in matrices)
+            size = sum(slot.parameter.numel() for slot in group.matrices)
             total += size
             if group.cut:
                 cut += size * (1.0 - group.kept / group.units)
@@ -211,7 +210,7 @@ class Pruner:
             for key, tensor in self._state(group).items():
                 state[f"{group.name}/state/{key}"] = _spread(group, tensor)
             for slot in group.slots:
-                held = {key: kept for key in KEPT if (kept := getattr(slot, key)) is not None}
+                held = {key: kept for key in KEPT if (kept := getattr(slot, key)) is not None and not slot.frozen}
                 state |= {f"{slot.name}/{key}": slot.split.spread(t) if slot.split else t for key, t in held.items()}
         for groups, budget in self._measured():
             for group, density in zip(groups, budget.densities, strict=False):  # none before the dry pass
@@ -268,6 +267,9 @@ class Pruner:
                     kept = state.get(f"{slot.name}/{key}")
                     part = None if kept is None else _part(slot.split, kept, slot.outline.shape)
                     setattr(slot, key, None if part is None else part.to(device, copy=True))
+                if slot.frozen and slot.pruned is not None:
+                    slot.parked = slot.weight * slot.pruned
+                    slot.weight.masked_fill_(slot.pruned, 0)
 
     def holds(self) -> bool:
         """Whether every cut weight of the model is an exact zero."""
@@ -307,6 +309,7 @@ class Pruner:
         gradients = [
             slot.parameter.grad for group in self.groups for slot in group.slots if slot.parameter.grad is not None
         ]
+        gradients += [group.heard for group in self.groups if group.heard is not None]
         if self.frozen or not gradients:
             return torch.zeros_like(self.skipped)
         return not_finite(gradients)

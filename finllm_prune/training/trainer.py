@@ -23,7 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import Family, find_architecture
@@ -33,6 +33,7 @@ from finllm_prune.staging import clear_when_full
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
+from finllm_prune.training.lora import ExactGradients
 from finllm_prune.training.projection import PROJECTION_FILE, ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
 from finllm_prune.training.recovery import Seam
@@ -53,6 +54,7 @@ class PruningTrainer(Trainer):
         teacher: adds its loss to the task's; None trains on the labels alone.
         task_loss: (logits, labels) -> the mean over a batch's rows, in place of the model's own loss; None leaves it to the
             model.
+        exact_gradients: whether frozen weights beside adapters have their gradients taken.
         recording: of the flight recorder, which is ``recorder`` then; None records nothing.
         description: what the progress bar is called.
     """
@@ -60,12 +62,12 @@ class PruningTrainer(Trainer):
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None, teacher: Teacher | None = None,
         task_loss: Callable[[Tensor, Tensor], Tensor] | None = None, recording: Recording | None = None,
-        description: str = "train", **kwargs: Any,
+        exact_gradients: bool = False, description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
         # number of accumulation steps and of ranks (huggingface/transformers#47688).
-        model.accepts_loss_kwargs = False  # type: ignore[assignment]
+        unwrap_peft_model(model).accepts_loss_kwargs = False
         if asks_for_fsdp(args):
             _wrap_blocks(model)
         super().__init__(model, args, **kwargs)
@@ -96,6 +98,8 @@ class PruningTrainer(Trainer):
             if recording is not None:
                 self.recorder = Recorder(pruner, recording)
                 self.add_callback(self.recorder)
+            if exact_gradients:
+                self.add_callback(ExactGradients(pruner))
             self.add_callback(PruningCallback(pruner))
         self.add_callback(Sigterm(self.accelerator))
         self.remove_callback(ProgressCallback)
@@ -166,6 +170,8 @@ class PruningTrainer(Trainer):
         assert self.model is not None
         if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
             load({"model": self.model.state_dict()}, checkpoint_id=checkpoint / f"{FSDP_MODEL_NAME}_0")
+        elif (checkpoint / "adapter_model.safetensors").is_file():
+            self.model.load_adapter(str(checkpoint), "default", is_trainable=True)
         else:
             load_model(self.model, checkpoint / "model.safetensors", device=str(self.args.device))
 
