@@ -310,7 +310,9 @@ def _check_peft(recipe: Recipe, lora: Lora) -> None:
             "set peft.gradients: exact"
         )
     if lora.base_dtype == "bfloat16" and not recipe.training.get("bf16"):
-        raise InputError("peft.base_dtype: bfloat16 weights beside fp32 adapters need autocast; set training.bf16: true")
+        raise InputError(
+            "peft.base_dtype: bfloat16 weights beside fp32 adapters need autocast; set training.bf16: true"
+        )
     refuse_beside_lora(pruning.rules, lora, fp16=bool(recipe.training.get("fp16")))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from finllm_prune.checkpoints.apart import save_apart
 from finllm_prune.conclusion import conclude
 from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import Report
@@ -20,7 +21,7 @@ from finllm_prune.inference import answer, gather_of
 from finllm_prune.judges import Judge
 from finllm_prune.loading import load_model
 from finllm_prune.prepare import Prepared, prepare, training_arguments
-from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, attach, split_mesh
+from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, split_mesh
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import staged
 from finllm_prune.training import (
@@ -30,7 +31,6 @@ from finllm_prune.training import (
     SmallerCallback,
     Teacher,
     adapt,
-    adapters_of,
     hand_over,
     measure_sensitivity,
     merge,
@@ -77,9 +77,9 @@ def dense(ready: Prepared) -> PreTrainedModel:
     if not exists:
         model = ready.model
         if ready.recipe.dense.checkpoint is None:
-            adapted = _adapted(ready, model)
+            adapted = adapt(model, ready.recipe.peft, ready.arguments.seed)
             _trainer(ready, adapted, "dense", ready.recipe.dense.training).go_on()
-            model = adapted if ready.recipe.peft is None else merge(adapted)
+            model = merge(adapted)
         _save_plain(model, ready.tokenizer, folder)
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
 
@@ -101,16 +101,16 @@ def prune(
     rules = recipe.pruning.rules
     fill = architecture.whole_units(student, rules) if recipe.pruning.fill else []
     pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill, ready.costs)
-    adapted = _adapted(ready, student, pruner)
+    adapted = adapt(student, recipe.peft, ready.arguments.seed, pruner.groups)
     seam = [Seam(pruner, recipe.recovery)] if recipe.recovery else []
     trainer = _trainer(
         ready, adapted, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording,
-        callbacks=seam, exact_gradients=recipe.peft is not None and recipe.peft.gradients == "exact",
+        callbacks=[*seam, *(recipe.peft.callbacks(pruner) if recipe.peft else [])],
     )  # fmt: skip
     if trainer.args.resume_from_checkpoint is None:  # a checkpoint holds the outcome
         _calibrate(ready, adapted, pruner)
     trainer.go_on()
-    student = _whole(ready, student, pruner) if recipe.peft is None else merge(adapted)
+    student = _whole(ready, _merged(ready, adapted), pruner)
     log = trainer.state.log_history
     clock["pruned"] = time.time()
     if recipe.recovery is not None:
@@ -120,15 +120,12 @@ def prune(
     return student, pruner, trainer.recorder, [entry for entry in log if "sparsity" in entry]
 
 
-def _adapted(ready: Prepared, model: PreTrainedModel, pruner: Pruner | None = None) -> PreTrainedModel:
-    """The model itself, or behind it what trains adapters in its place; a pruner of the model is told of them."""
+def _merged(ready: Prepared, adapted: Any) -> PreTrainedModel:
+    """The plain model; what it consists of is written apart too, where the recipe asks for that."""
     lora = ready.recipe.peft
-    if lora is None:
-        return model
-    adapted = adapt(model, lora, ready.arguments.seed)
-    if pruner is not None:
-        attach(pruner.groups, adapters_of(adapted), estimated=lora.gradients == "lora")
-    return adapted
+    if lora is None or not lora.keep_adapter or not PartialState().is_main_process:
+        return merge(adapted)
+    return save_apart(adapted, ready.tokenizer, ready.work / "lora")
 
 
 def _recover(

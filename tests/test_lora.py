@@ -1,37 +1,234 @@
 """LoRA: adapters train beside frozen weights, and what is cut goes from both; the merged model is a plain one."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import finllm_prune.run
-from finllm_prune.prepare import prepare
+from finllm_prune.checkpoints import verify
+from finllm_prune.families import find_family
+from finllm_prune.pruning import (
+    Adapter,
+    Cubic,
+    Factor,
+    Frozen,
+    Head,
+    Movement,
+    Neuron,
+    Pruner,
+    Rule,
+    Site,
+    Slot,
+    Taylor,
+)
 from finllm_prune.recipe import parse
-from finllm_prune.run import prune
+from finllm_prune.training import Lora, PruningTrainer, adapt, merge
+from finllm_prune.training.lora import ExactGradients
+from finllm_prune.training.trainer import STATE_FILE
 from tests import small
+from tests.conftest import logits, tiny_model
+from tests.test_trainer import rows
 
-NEURONS = {"target": "mlp", "structure": "neuron", "sparsity": 0.5, "criterion": "taylor"}
-HEADS = {"target": "attention", "structure": "head", "sparsity": 0.5, "criterion": "movement"}
+RULES = [Rule("mlp", 0.5, Neuron(), Taylor()), Rule("attention", 0.5, Head(), Movement())]
+BATCH = {name: torch.tensor(column) for name, column in rows(8).to_dict().items()}
+
+
+def adapted(model_type: str, lora: Lora, rules: list[Rule] = RULES) -> tuple[PeftModel, Pruner]:
+    """Adapters that are no zeros, beside a tiny model."""
+    model = tiny_model(model_type)
+    pruner = Pruner(find_family(model_type).groups(model, rules), Cubic(0.1, 0.5, 0.8))
+    peft_model = adapt(model, lora, 1, pruner.groups)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return peft_model, pruner
+
+
+def trainer(folder: Path, model: PeftModel, pruner: Pruner, lora: Lora, **arguments: Any) -> PruningTrainer:
+    defaults = {
+        "max_steps": 10, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "weight_decay": 0.1, "save_strategy": "no",
+        "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, "seed": 5,
+    }  # fmt: skip
+    args = TrainingArguments(str(folder), **(defaults | arguments))
+    return PruningTrainer(model, args, pruner=pruner, train_dataset=rows(), callbacks=lora.callbacks(pruner))
+
+
+def slots(pruner: Pruner, kind: type[Slot]) -> list[Any]:
+    return [slot for group in pruner.groups for slot in group.slots if isinstance(slot, kind)]
+
+
+def test_the_estimate_is_the_gradient_as_the_factors_see_it() -> None:
+    """``s (G A^T A + B B^T G)``: where A and B are square and orthogonal, ``2 s G``."""
+    generator = np.random.default_rng(0)
+    scale, gradient = 0.5, generator.normal(size=(5, 5))
+    rotations = [np.linalg.qr(generator.normal(size=(5, 5)))[0] for _ in range(2)]
+    for a, b in ((generator.normal(size=(3, 5)), generator.normal(size=(5, 3))), rotations):
+        factors = [nn.Parameter(torch.tensor(factor, dtype=torch.float32)) for factor in (a, b)]
+        weight = nn.Parameter(torch.ones(5, 5), requires_grad=False)
+        slot = Frozen(Slot("layer.weight", weight, Site("layer")), Adapter(*factors, scale))
+        (torch.tensor(gradient) * (weight + scale * factors[1] @ factors[0])).sum().backward()
+        expected = scale * (gradient @ a.T @ a + b @ b.T @ gradient)
+        np.testing.assert_allclose(slot.effective_gradient.detach(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(slot.effective, 1.0 + scale * b @ a, rtol=1e-5)
+    np.testing.assert_allclose(expected, 2 * scale * gradient, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "qwen3"])
+def test_exact_gradients_are_those_of_the_merged_model_and_never_two_at_once(model_type: str) -> None:
+    model, pruner = adapted(model_type, Lora(r=4, gradients="exact"))
+    plain = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    callback, alive = ExactGradients(pruner), []
+    weights = [slot.parameter for slot in slots(pruner, Frozen)]
+    for weight in weights:
+        weight.requires_grad_(True).register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(weight.grad is not None for weight in weights))
+        )
+    callback.on_train_begin(None, None, None)
+    for part in (slice(0, 4), slice(4, 8)):  # accumulation
+        for net in (model, plain):
+            (net(**{name: column[part] for name, column in BATCH.items()}).loss / 2).backward()
+    assert alive == [1] * (2 * len(weights))
+    for group, of_plain in zip(pruner.groups, find_family(model_type).groups(plain, RULES), strict=True):
+        reference = of_plain.sum(lambda slot: slot.gradient * slot.weight)
+        torch.testing.assert_close(group.heard, reference, rtol=1e-4, atol=1e-7)
+    callback.on_train_end(None, None, None)
+    assert not any(weight.requires_grad for weight in weights)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama", "qwen3"])
+@pytest.mark.parametrize("gradients", ["lora", "exact"])
+def test_only_adapters_and_head_train_and_cut_units_are_gone_from_the_merged_model(
+    tmp_path: Path, model_type: str, gradients: str
+) -> None:
+    lora = Lora(r=4, gradients=gradients)
+    model, pruner = adapted(model_type, lora)
+    run = trainer(tmp_path, model, pruner, lora)
+    before = {slot.name: slot.parameter.clone() for slot in slots(pruner, Frozen)}
+    run.train()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    moments = sum(state["exp_avg"].numel() for state in run.optimizer.state.values())
+    assert moments == sum(model.get_parameter(name).numel() for name in trained) < 0.25 * model.num_parameters()
+    assert pruner.sparsity() == 0.5
+    for slot in slots(pruner, Frozen):
+        kept = (
+            before[slot.name]
+            if slot.pruned is None
+            else before[slot.name].masked_fill(slot.pruned.view_as(slot.parameter), 0)
+        )
+        assert torch.equal(slot.parameter, kept)
+    said = logits(model)
+    plain = merge(model)
+    assert pruner.holds()
+    torch.testing.assert_close(logits(plain), said, rtol=0, atol=1e-5)
+    counts = [
+        int((linear.weight == 0).sum()) / linear.weight.numel()
+        for linear in find_family(model_type).linears(plain).values()
+    ]
+    assert counts == [0.5] * len(counts)
+
+
+def test_what_adapters_learn_is_the_gradient_through_the_mask(tmp_path: Path) -> None:
+    """Against autograd of a plain model whose weights are ``mask * (W + s B A)``."""
+    lora = Lora(r=4)
+    model, pruner = adapted("bert", lora)
+    trainer(tmp_path, model, pruner, lora, max_steps=6).train()
+    factors: dict[str, Tensor] = {
+        name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if "lora_" in name
+    }
+    model(**BATCH).loss.backward()
+    for group in pruner.groups:
+        group.clear_gradients()
+    plain = copy.deepcopy(model).unload()
+    weights = dict(plain.named_parameters())
+    masks = {slot.name: slot.pruned for slot in slots(pruner, Frozen)}
+    for name in [
+        name for name in weights if f"base_model.model.{name.removesuffix('weight')}lora_A.default.weight" in factors
+    ]:
+        a, b = (factors[f"base_model.model.{name.removesuffix('weight')}lora_{part}.default.weight"] for part in "AB")
+        cut = masks.get(name)
+        weights[name] = (weights[name] + 8.0 * b @ a) * (1.0 if cut is None else ~cut)
+    functional_call(plain, weights, kwargs=BATCH).loss.backward()
+    assert len(factors) == 26
+    for name, factor in factors.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, factor.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("gradients", ["lora", "exact"])
+def test_a_resumed_run_is_exact_and_its_checkpoints_hold_no_frozen_weight(tmp_path: Path, gradients: str) -> None:
+    lora = Lora(r=4, gradients=gradients, lora_dropout=0.1)
+
+    def trained(**arguments: Any) -> tuple[dict[str, Tensor], str]:
+        model, pruner = adapted("llama", lora)
+        checkpoint = arguments.get("resume_from_checkpoint")
+        trainer(tmp_path / "run", model, pruner, lora, **arguments).train(resume_from_checkpoint=checkpoint)
+        return merge(model).state_dict(), pruner.mask_hash()
+
+    weights, masks = trained(save_strategy="steps", save_steps=1)
+    for step in (3, 5, 9):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        again, same = trained(resume_from_checkpoint=str(folder))
+        assert same == masks
+        assert all(torch.equal(value, again[name]) for name, value in weights.items())
+        kept = [load_file(folder / file) for file in ("adapter_model.safetensors", STATE_FILE)]
+        assert not any(".lora_" not in name and "score" not in name for name in kept[0])
+        assert not any(name.endswith("weight/parked") for name in kept[1])
+    assert any(slot.name.endswith(".b") for slot in slots(adapted("llama", lora)[1], Factor))
 
 
 @pytest.fixture
 def data(tmp_path: Path, tiny_folder: small.TinyFolder, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     small.few_resamples(monkeypatch)
     return {
-        "model": str(tiny_folder("llama")), "peft": {"r": 4},
+        "model": str(tiny_folder("llama")), "peft": {"r": 4, "keep_adapter": True},
         "task": {"name": "sentiment", "dataset": str(small.write_folder(tmp_path / "data"))},
-        "pruning": {"rules": [NEURONS, HEADS]},
+        "pruning": {
+            "rules": [
+                {"target": "mlp", "structure": "neuron", "sparsity": 0.5, "criterion": "taylor"},
+                {"target": "attention", "structure": "head", "sparsity": 0.5},
+            ]
+        },
         "training": {
-            "max_steps": 10, "per_device_train_batch_size": 6, "learning_rate": 2e-3, "save_steps": 2, "use_cpu": True,
-            "disable_tqdm": True, "seed": 3,
+            "max_steps": 8, "per_device_train_batch_size": 6, "learning_rate": 2e-3, "use_cpu": True, "disable_tqdm": True,
+            "seed": 3,
         },
         "export": ["masked", "compact"], "output": str(tmp_path / "out"),
     }  # fmt: skip
 
 
-def test_a_run_with_adapters_ends_in_plain_models(data: dict[str, Any]) -> None:
-    recipe = parse(data)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft still asks for it
+@pytest.mark.parametrize("changes", [{}, {"base_dtype": "bfloat16", "gradients": "exact"}], ids=["fp32", "bf16"])
+def test_a_run_ends_in_plain_models_and_in_a_base_with_its_adapter(
+    data: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    data["training"]["bf16"] = bool(changes)
+    recipe = parse(data | {"peft": data["peft"] | changes})
     report = finllm_prune.run.run(recipe)
+    assert report is not None
     assert report.sparsity["targeted"] == 0.5
+    models = {
+        name: AutoModelForSequenceClassification.from_pretrained(recipe.output / name)
+        for name in ("masked", "compact", "lora/base")
+    }
+    for name in models:
+        assert verify(recipe.output / name)
+    assert models["compact"].config.intermediate_size == 32
+    assert models["compact"].config.num_key_value_heads == 1
+    expected = logits(models["masked"])
+    torch.testing.assert_close(logits(models["compact"]), expected, rtol=0, atol=1e-5)
+    base = models["lora/base"]
+    assert not torch.allclose(logits(base), expected, atol=1e-4)
+    layer = base.model.layers[0]
+    assert int((layer.mlp.down_proj.weight == 0).all(0).sum()) == 32
+    both = PeftModel.from_pretrained(base, str(recipe.output / "lora" / "adapter"))
+    torch.testing.assert_close(logits(both), expected, rtol=0, atol=1e-5)

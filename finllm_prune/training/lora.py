@@ -1,10 +1,11 @@
 """LoRA while pruning: only adapters and the task's head train, beside frozen weights (Hu et al. 2021, by peft)."""
 
 import functools
+import importlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import reduce
@@ -12,11 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finllm_prune.errors import InputError
-from finllm_prune.pruning import L0, Adapter, Frozen, Gradient, Group, Pruner, Rule, ScoreMovement, SecondOrder
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from finllm_prune.errors import InputError, one_line
+from finllm_prune.pruning import L0, Adapter, Frozen, Gradient, Group, Pruner, Rule, ScoreMovement, SecondOrder, attach
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Lora:
         gradients: of the frozen weights: "lora" estimates them from those of the adapters (``finllm_prune.pruning.adapters``);
             "exact" takes them, which costs the backward of full fine-tuning, and the memory of one matrix's gradient.
         base_dtype: of the frozen weights while the adapters train; the merged model is fp32.
+        keep_adapter: whether the pruned base and its adapter are also written apart, into ``lora/base`` and ``lora/adapter``.
     """
 
     r: int = 16
@@ -40,6 +39,7 @@ class Lora:
     target_modules: str | list[str] = "all-linear"
     gradients: Literal["lora", "exact"] = "lora"
     base_dtype: Literal["float32", "bfloat16"] = "float32"
+    keep_adapter: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
@@ -48,20 +48,28 @@ class Lora:
                 f"{self.r}, {self.lora_alpha} and {self.lora_dropout}"
             )
 
+    def callbacks(self, pruner: Pruner) -> list[TrainerCallback]:
+        """What the training of a pruned model needs."""
+        return [ExactGradients(pruner)] if self.gradients == "exact" else []
 
-def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> "PeftModel":
-    """Freeze a model, but for what lies outside its base model (the head), and put fresh adapters beside its linear layers.
+
+def adapt(model: PreTrainedModel, lora: Lora | None, seed: int, groups: Sequence[Group] = ()) -> Any:
+    """Put fresh adapters beside a model's linear layers, and freeze all but these and the head; None changes nothing.
+
+    Args:
+        groups: of a pruner of this model, which are told of their adapters.
+
+    Returns:
+        A ``peft.PeftModel``, which trains and is called like the model; or the model itself.
 
     Raises:
-        InputError: peft is not installed, or finds nothing that ``target_modules`` names.
+        InputError: peft is not installed, ``target_modules`` names nothing, or gradients cannot be estimated.
     """
-    try:
-        import peft
-    except ModuleNotFoundError:
-        raise InputError("peft: it needs the package peft, which is not installed: pip install 'finllm-prune[peft]'") from None
+    if lora is None:
+        return model
     parts = {name: list(part.parameters()) for name, part in model.named_children()}
     heads = [name for name, held in parts.items() if held and name != model.base_model_prefix]
-    config = peft.LoraConfig(
+    config = _peft().LoraConfig(
         task_type="SEQ_CLS", r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
         target_modules=lora.target_modules, modules_to_save=heads,
     )  # fmt: skip
@@ -71,33 +79,43 @@ def adapt(model: PreTrainedModel, lora: Lora, seed: int) -> "PeftModel":
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers 5.23 has renamed
             torch.manual_seed(seed)  # the same adapters in a run that goes on after it was killed
-            adapted = peft.get_peft_model(model, config)
+            adapted = _peft().get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"peft.target_modules: {error}") from error
+        raise InputError(f"peft.target_modules: {one_line(error)}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    attach(groups, _adapters_of(adapted), estimated=lora.gradients == "lora")
     return adapted
 
 
-def adapters_of(adapted: nn.Module) -> dict[nn.Parameter, Adapter]:
-    """Frozen weight -> what is added to it."""
-    from peft.tuners.lora import Linear
+def merge(adapted: Any) -> PreTrainedModel:
+    """The plain model (fp32) with the products in its weights; a plain model as it is."""
+    if isinstance(adapted, PreTrainedModel):
+        return adapted
+    nn.Module.to(adapted, dtype=torch.float32)
+    model: PreTrainedModel = adapted.merge_and_unload()
+    return model
 
+
+def _adapters_of(adapted: nn.Module) -> dict[nn.Parameter, Adapter]:
+    """Frozen weight -> what is added to it."""
     return {
         layer.base_layer.weight: Adapter(
             layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
         )
         for layer in adapted.modules()
-        if isinstance(layer, Linear)
+        if isinstance(layer, _peft().tuners.lora.Linear)
     }
 
 
-def merge(adapted: "PeftModel") -> PreTrainedModel:
-    """The plain model (fp32) with the products in its weights, all of it trainable again."""
-    nn.Module.to(adapted, dtype=torch.float32)
-    model: PreTrainedModel = adapted.merge_and_unload()
-    return model.requires_grad_(True)
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ModuleNotFoundError:
+        raise InputError(
+            "peft: it needs the package peft, which is not installed: pip install 'finllm-prune[peft]'"
+        ) from None
 
 
 def refuse_beside_lora(rules: Iterable[Rule], lora: Lora, fp16: bool) -> None:

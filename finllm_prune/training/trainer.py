@@ -33,7 +33,6 @@ from finllm_prune.staging import clear_when_full
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
 from finllm_prune.training.distillation import Teacher
-from finllm_prune.training.lora import ExactGradients
 from finllm_prune.training.projection import PROJECTION_FILE, ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
 from finllm_prune.training.recovery import Seam
@@ -54,7 +53,6 @@ class PruningTrainer(Trainer):
         teacher: adds its loss to the task's; None trains on the labels alone.
         task_loss: (logits, labels) -> the mean over a batch's rows, in place of the model's own loss; None leaves it to the
             model.
-        exact_gradients: whether frozen weights beside adapters have their gradients taken.
         recording: of the flight recorder, which is ``recorder`` then; None records nothing.
         description: what the progress bar is called.
     """
@@ -62,7 +60,7 @@ class PruningTrainer(Trainer):
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None, teacher: Teacher | None = None,
         task_loss: Callable[[Tensor, Tensor], Tensor] | None = None, recording: Recording | None = None,
-        exact_gradients: bool = False, description: str = "train", **kwargs: Any,
+        description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
@@ -98,8 +96,6 @@ class PruningTrainer(Trainer):
             if recording is not None:
                 self.recorder = Recorder(pruner, recording)
                 self.add_callback(self.recorder)
-            if exact_gradients:
-                self.add_callback(ExactGradients(pruner))
             self.add_callback(PruningCallback(pruner))
         self.add_callback(Sigterm(self.accelerator))
         self.remove_callback(ProgressCallback)
@@ -171,7 +167,7 @@ class PruningTrainer(Trainer):
         if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
             load({"model": self.model.state_dict()}, checkpoint_id=checkpoint / f"{FSDP_MODEL_NAME}_0")
         elif (checkpoint / "adapter_model.safetensors").is_file():
-            self.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+            self.model.load_adapter(str(checkpoint), "default", is_trainable=True)  # type: ignore[operator]
         else:
             load_model(self.model, checkpoint / "model.safetensors", device=str(self.args.device))
 
