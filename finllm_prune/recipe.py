@@ -30,6 +30,7 @@ from finllm_prune.pruning import (
     OneShot,
     Rule,
     Schedule,
+    SparseGPT,
     refuse_unfillable,
     refuse_unfit,
 )
@@ -298,12 +299,14 @@ def _check_peft(recipe: Recipe, lora: Lora) -> None:
     pruning = recipe.pruning
     for key, used in {
         "recovery": recipe.recovery is not None,
-        "pruning.oneshot": pruning.oneshot is not None,
+        "pruning.oneshot": isinstance(pruning.oneshot, SparseGPT),
         "pruning.fill": pruning.fill,
         "pruning.schedule.rewind": pruning.schedule.rewind,
     }.items():
         if used:
-            raise InputError(f"{key}: it moves weights that peft freezes; remove it, or peft")
+            raise InputError(
+                f"{key}: this is not done beside adapters, whose weights are frozen; change it, or remove peft"
+            )
     if lora.gradients == "lora" and pruning.target is not None:
         raise InputError(
             "pruning.target: it adds up what cuts cost the loss, which gradients estimated from adapters tell up to a factor; "

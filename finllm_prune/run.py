@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import unwrap_peft_model
 
 from finllm_prune.checkpoints.apart import save_apart
 from finllm_prune.conclusion import conclude
@@ -108,9 +109,11 @@ def prune(
         callbacks=[*seam, *(recipe.peft.callbacks(pruner) if recipe.peft else [])],
     )  # fmt: skip
     if trainer.args.resume_from_checkpoint is None:  # a checkpoint holds the outcome
-        _calibrate(ready, adapted, pruner)
+        _calibrate(ready, unwrap_peft_model(adapted), pruner)
     trainer.go_on()
     student = _whole(ready, _merged(ready, adapted), pruner)
+    if recipe.peft is not None:
+        pruner.finish()  # the merged products have filled single zeros
     log = trainer.state.log_history
     clock["pruned"] = time.time()
     if recipe.recovery is not None:

@@ -11,16 +11,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerState, TrainingArguments
 
 import finllm_prune.run
 from finllm_prune.checkpoints import verify
+from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
+from finllm_prune.prepare import read
 from finllm_prune.pruning import (
+    NM,
     Adapter,
     Cubic,
-    Factor,
     Frozen,
+    Global,
     Head,
     Movement,
     Neuron,
@@ -39,6 +42,7 @@ from tests.conftest import logits, tiny_model
 from tests.test_trainer import rows
 
 RULES = [Rule("mlp", 0.5, Neuron(), Taylor()), Rule("attention", 0.5, Head(), Movement())]
+SINGLE = [Rule("attention", 0.5, NM(), Taylor(), Global()), Rule("mlp", 0.75, criterion=Taylor(), budget=Global())]
 BATCH = {name: torch.tensor(column) for name, column in rows(8).to_dict().items()}
 
 
@@ -75,7 +79,7 @@ def test_the_estimate_is_the_gradient_as_the_factors_see_it() -> None:
     for a, b in ((generator.normal(size=(3, 5)), generator.normal(size=(5, 3))), rotations):
         factors = [nn.Parameter(torch.tensor(factor, dtype=torch.float32)) for factor in (a, b)]
         weight = nn.Parameter(torch.ones(5, 5), requires_grad=False)
-        slot = Frozen(Slot("layer.weight", weight, Site("layer")), Adapter(*factors, scale))
+        slot = Frozen(Slot("layer.weight", weight, Site("layer")), Adapter(*factors, scale), covers=False)
         (torch.tensor(gradient) * (weight + scale * factors[1] @ factors[0])).sum().backward()
         expected = scale * (gradient @ a.T @ a + b @ b.T @ gradient)
         np.testing.assert_allclose(slot.effective_gradient.detach(), expected, rtol=1e-5, atol=1e-6)
@@ -165,11 +169,44 @@ def test_what_adapters_learn_is_the_gradient_through_the_mask(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("gradients", ["lora", "exact"])
-def test_a_resumed_run_is_exact_and_its_checkpoints_hold_no_frozen_weight(tmp_path: Path, gradients: str) -> None:
+def test_single_weights_are_zeros_to_every_forward_and_stay_so_when_merged(tmp_path: Path, gradients: str) -> None:
+    class Says(TrainerCallback):
+        heard: Tensor
+        sparsity = 0.0
+
+        def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            self.heard = logits(kwargs["model"])
+            if state.global_step == 3:  # before the masks freeze
+                masks = {slot.name: slot.pruned for slot in slots(pruner, Frozen)}
+                plain = copy.deepcopy(kwargs["model"]).merge_and_unload()
+                for name, weight in plain.named_parameters():
+                    if masks.get(name) is not None:
+                        weight.data.masked_fill_(masks[name], 0)
+                torch.testing.assert_close(self.heard, logits(plain), rtol=0, atol=1e-5)
+                self.sparsity = pruner.sparsity()
+            kwargs["model"].train()
+
+    lora = Lora(r=4, gradients=gradients)
+    model, pruner = adapted("llama", lora, SINGLE)
+    run, says = trainer(tmp_path, model, pruner, lora), Says()
+    run.add_callback(says)
+    run.train()
+    assert 0.1 < says.sparsity < pruner.sparsity() == pytest.approx(2 / 3, abs=0.01)
+    plain = merge(model)
+    assert not pruner.holds()
+    pruner.finish()
+    assert pruner.holds()
+    torch.testing.assert_close(logits(plain), says.heard, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("gradients", "rules"), [("lora", RULES), ("exact", SINGLE)], ids=["lora", "exact"])
+def test_a_resumed_run_is_exact_and_its_checkpoints_hold_no_frozen_weight(
+    tmp_path: Path, gradients: str, rules: list[Rule]
+) -> None:
     lora = Lora(r=4, gradients=gradients, lora_dropout=0.1)
 
     def trained(**arguments: Any) -> tuple[dict[str, Tensor], str]:
-        model, pruner = adapted("llama", lora)
+        model, pruner = adapted("llama", lora, rules)
         checkpoint = arguments.get("resume_from_checkpoint")
         trainer(tmp_path / "run", model, pruner, lora, **arguments).train(resume_from_checkpoint=checkpoint)
         return merge(model).state_dict(), pruner.mask_hash()
@@ -183,7 +220,6 @@ def test_a_resumed_run_is_exact_and_its_checkpoints_hold_no_frozen_weight(tmp_pa
         kept = [load_file(folder / file) for file in ("adapter_model.safetensors", STATE_FILE)]
         assert not any(".lora_" not in name and "score" not in name for name in kept[0])
         assert not any(name.endswith("weight/parked") for name in kept[1])
-    assert any(slot.name.endswith(".b") for slot in slots(adapted("llama", lora)[1], Factor))
 
 
 @pytest.fixture
@@ -232,3 +268,61 @@ def test_a_run_ends_in_plain_models_and_in_a_base_with_its_adapter(
     assert int((layer.mlp.down_proj.weight == 0).all(0).sum()) == 32
     both = PeftModel.from_pretrained(base, str(recipe.output / "lora" / "adapter"))
     torch.testing.assert_close(logits(both), expected, rtol=0, atol=1e-5)
+
+
+def test_masks_of_one_shot_stay_while_adapters_recover(data: dict[str, Any]) -> None:
+    rules = [{"target": "encoder", "structure": {"name": "n:m"}, "sparsity": 0.5}]
+    oneshot = {"name": "wanda", "rows": 8}
+    recipe = parse(
+        data
+        | {
+            "pruning": {"rules": rules, "oneshot": oneshot},
+            "peft": {"r": 4},
+            "export": ["masked"],
+            "dense": {"checkpoint": data["model"]},
+        }
+    )
+    report = finllm_prune.run.run(recipe)
+    assert report is not None
+    assert report.sparsity["targeted"] == 0.5
+    assert verify(recipe.output / "masked")
+    weights = (load_file(folder / "model.safetensors") for folder in (recipe.output / "masked", Path(data["model"])))
+    name = "model.layers.1.mlp.up_proj.weight"
+    now, before = (found[name] for found in weights)
+    assert bool(((now != 0).view(-1, 4).sum(1) == 2).all())
+    assert not torch.equal(now[now != 0], before[now != 0])
+
+
+MATRIX = [{"target": "encoder", "sparsity": 0.5}]
+REFUSED: dict[str, dict[str, Any]] = {
+    "peft.use_dora: unknown key": {"peft": {"use_dora": True}},
+    r"peft\.gradients: input should be 'lora' or 'exact'": {"peft": {"gradients": "full"}},
+    "peft: r and lora_alpha must be at least 1": {"peft": {"r": 0}},
+    "recovery: this is not done beside adapters": {"recovery": {}},
+    "pruning.fill: this is not done": {"pruning.rules": MATRIX, "pruning.fill": True},
+    "pruning.oneshot: this is not done": {"pruning.rules": MATRIX, "pruning.oneshot": "sparsegpt"},
+    "pruning.rules.0: second_order, l0": {"pruning.rules.0.criterion": "l0"},
+    "pruning.rules.0.criterion: gradient sums": {"pruning.rules.0.criterion": "gradient", "peft.gradients": "exact"},
+    "pruning.target: it adds up": {
+        "pruning.rules": [{"target": "mlp", "structure": "neuron", "criterion": "taylor"}],
+        "pruning.target": {"size": 0.8},
+    },
+    "peft.keep_adapter, or cut neurons": {"pruning.rules.1": {"target": "attention", "sparsity": 0.5}},
+    "set training.bf16: true": {"peft.base_dtype": "bfloat16"},
+    "set training.bf16 instead": {"peft.gradients": "exact", "training.fp16": True},
+    r"gate_proj is pruned and has no adapter": {"peft.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    r"peft\.target_modules: .*querry.* fits no linear": {"peft.target_modules": ["querry"]},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_does_not_go_with_adapters_is_told_before_training(data: dict[str, Any], message: str) -> None:
+    changed = copy.deepcopy(data)
+    for path, value in REFUSED[message].items():
+        *parents, last = path.split(".")
+        place: Any = changed
+        for part in parents:
+            place = place[int(part) if part.isdecimal() else part]
+        place[int(last) if last.isdecimal() else last] = value
+    with pytest.raises(InputError, match=message):
+        read(parse(changed))

@@ -7,8 +7,10 @@ What criteria judge is that sum (``Slot.effective``), and what they need is its 
   a factor. The paper's third term, ``g_B g_A``, is of second order in the learning rate, which it leaves out as a factor.
 - or exact: the backward makes G of one matrix, a hook sums ``G * (W + s B A)`` per unit, and G is freed at once.
 
-A unit that is cut takes its rows of W and B, or its columns of W and A, along: then ``mask * (W + s B A)`` is what the model
-computes with at every step, and what it becomes when the product is merged.
+The model computes with ``mask * (W + s B A)`` at every step, and that is what it becomes when the product is merged under
+the mask. Neurons, heads and layers take their rows of W and B, or their columns of W and A, along, so that A and B learn by
+the exact gradient. Where single weights are cut, the frozen weight holds ``-s B A``, anew after each step: the forward is
+exact, and A and B learn straight through the mask, also from what their product would do in its holes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,13 +53,27 @@ class Frozen(Slot):
 
     frozen: ClassVar[bool] = True
 
-    def __init__(self, slot: Slot, adapter: Adapter | None):
+    def __init__(self, slot: Slot, adapter: Adapter | None, covers: bool):
         super().__init__(slot.name, slot.parameter, slot.site)
         self.adapter = adapter
+        self._covers = covers and adapter is not None
+        self._covered = False
 
     @property
     def effective(self) -> Tensor:
-        return self._with_product(self.weight)
+        effective = self._with_product(self.weight)
+        return effective.masked_fill_(self.pruned, 0) if self._covered and self.pruned is not None else effective
+
+    def cover(self) -> None:
+        self._covered = self._covers and self.pruned is not None
+        if self._covered and self.pruned is not None:
+            product = self._with_product(torch.zeros_like(self.weight))
+            self.weight.copy_(torch.where(self.pruned, -product, self.weight))
+
+    def uncover(self) -> None:
+        if self._covered and self.pruned is not None:
+            self.weight.masked_fill_(self.pruned, 0)
+        self._covered = False
 
     @property
     def effective_gradient(self) -> Tensor | None:
@@ -104,7 +120,8 @@ def attach(groups: Iterable[Group], adapters: Mapping[nn.Parameter, Adapter], es
                     f"peft.target_modules: {slot.site.path} is pruned and has no adapter, from which its gradient could be "
                     "estimated; add it (all-linear has each), or set peft.gradients: exact"
                 )
-            slots.append(Frozen(slot, adapter))
-            if adapter is not None:
+            coupled = group.rule.structure.couples is not None
+            slots.append(Frozen(slot, adapter, covers=not coupled))
+            if adapter is not None and coupled:
                 slots.append(Factor(slot, adapter))
         group.slots = slots

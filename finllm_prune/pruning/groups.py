@@ -135,6 +135,12 @@ class Slot:
         shape = self.parameter.shape
         return torch.empty(shape if len(shape) == 2 else (*shape, 1), device="meta")
 
+    def cover(self) -> None:
+        """Before a forward: what else adds to cut weights is made up for, so that they count as zeros."""
+
+    def uncover(self) -> None:
+        """The inverse of ``cover``, where it was done: cut weights are zeros themselves."""
+
     def follow(self, parameter: nn.Parameter) -> None:
         """Take the place of the parameter in another model, which may be split in another way."""
         before, after = self.split, Split.of(parameter, self.name)

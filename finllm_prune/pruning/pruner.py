@@ -98,6 +98,7 @@ class Pruner:
         bad = self._bad_gradients()
         self._step = Step(self.progress, progress, bad if skip is None else torch.maximum(bad, skip.to(bad)))
         self.skipped += self._step.skip
+        self._uncover()
         for group in self.groups:
             if not self.frozen:
                 group.unpark()
@@ -124,6 +125,7 @@ class Pruner:
                 if gate is not None:
                     group.set_mask(gate > 0, gate)
             group.park()
+        self._cover()
 
     @torch.no_grad()
     def finish(self, replaced: bool = False) -> None:
@@ -133,6 +135,7 @@ class Pruner:
             replaced: the model holds weights of another step, as after ``load_best_model_at_end``, to which the parked values
                 do not belong.
         """
+        self._uncover()
         for group in self.groups:
             if not (self.frozen or replaced):
                 group.unpark()
@@ -161,11 +164,13 @@ class Pruner:
         Of a model that is split, the part on this rank; ``learned`` likewise.
         """
         self._follow()
+        self._uncover()
         scores: dict[str, Tensor] = {}
         for group in [] if self.frozen else self.groups:
             group.unpark()
             scores[group.name] = group.rule.criterion.score(group, self._state(group))
             group.park()
+        self._cover()
         return scores
 
     def learned(self) -> dict[str, Tensor]:
@@ -270,6 +275,7 @@ class Pruner:
                 if slot.frozen and slot.pruned is not None:
                     slot.parked = slot.weight * slot.pruned
                     slot.weight.masked_fill_(slot.pruned, 0)
+        self._cover()
 
     def holds(self) -> bool:
         """Whether every cut weight of the model is an exact zero."""
@@ -279,6 +285,16 @@ class Pruner:
             for slot in group.slots
             if slot.pruned is not None
         )
+
+    def _cover(self) -> None:
+        for group in self.groups:
+            for slot in group.slots:
+                slot.cover()
+
+    def _uncover(self) -> None:
+        for group in self.groups:
+            for slot in group.slots:
+                slot.uncover()
 
     def _follow(self) -> None:
         """Go where the model is, which a Trainer puts on its device after the Pruner was built."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finllm_prune.errors import InputError, one_line
+from finllm_prune.errors import InputError
 from finllm_prune.pruning import L0, Adapter, Frozen, Gradient, Group, Pruner, Rule, ScoreMovement, SecondOrder, attach
 
 
@@ -81,7 +81,9 @@ def adapt(model: PreTrainedModel, lora: Lora | None, seed: int, groups: Sequence
             torch.manual_seed(seed)  # the same adapters in a run that goes on after it was killed
             adapted = _peft().get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"peft.target_modules: {one_line(error)}") from error
+        raise InputError(
+            f"peft.target_modules: {lora.target_modules} fits no linear layer of this model; use all-linear, or name its layers"
+        ) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -122,10 +124,10 @@ def refuse_beside_lora(rules: Iterable[Rule], lora: Lora, fp16: bool) -> None:
     """What asks more of frozen weights than their gradient, or of the gradient than is kept."""
     for i, rule in enumerate(rules):
         where, criterion = f"pruning.rules.{i}", rule.criterion
-        if rule.structure.couples is None:
+        if lora.keep_adapter and rule.structure.couples is None:
             raise InputError(
-                f"{where}.structure: beside adapters whole neurons, heads and layers are cut, for B A would fill single zeros "
-                "again; use one of them, or remove peft"
+                f"{where}.structure: single weights stay zero only where adapter and base are merged; remove "
+                "peft.keep_adapter, or cut neurons, heads or layers"
             )
         if isinstance(criterion, SecondOrder | L0 | ScoreMovement) or rule.regularizer is not None:
             raise InputError(
