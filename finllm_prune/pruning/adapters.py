@@ -53,27 +53,27 @@ class Frozen(Slot):
 
     frozen: ClassVar[bool] = True
 
-    def __init__(self, slot: Slot, adapter: Adapter | None, covers: bool):
+    def __init__(self, slot: Slot, adapter: Adapter | None, single: bool):
         super().__init__(slot.name, slot.parameter, slot.site)
         self.adapter = adapter
-        self._covers = covers and adapter is not None
-        self._covered = False
+        self._single = single
+        self._holes: Tensor | None = None
 
     @property
     def effective(self) -> Tensor:
         effective = self._with_product(self.weight)
-        return effective.masked_fill_(self.pruned, 0) if self._covered and self.pruned is not None else effective
+        return effective if self._holes is None else effective.masked_fill_(self._holes, 0)
 
-    def cover(self) -> None:
-        self._covered = self._covers and self.pruned is not None
-        if self._covered and self.pruned is not None:
+    def cover(self, pruned: Tensor) -> None:
+        if self._single and self.adapter is not None:
+            self._holes = pruned
             product = self._with_product(torch.zeros_like(self.weight))
-            self.weight.copy_(torch.where(self.pruned, -product, self.weight))
+            self.weight.copy_(torch.where(pruned, -product, self.weight))
 
     def uncover(self) -> None:
-        if self._covered and self.pruned is not None:
-            self.weight.masked_fill_(self.pruned, 0)
-        self._covered = False
+        if self._holes is not None:
+            self.weight.masked_fill_(self._holes, 0)
+        self._holes = None
 
     @property
     def effective_gradient(self) -> Tensor | None:
@@ -90,10 +90,9 @@ class Frozen(Slot):
         gradient = self.gradient
         assert gradient is not None
         self.parameter.grad = None
-        # In a forward the cut weights are zeros: a weight that may come back is judged by its parked value.
         whole = self.weight
-        if self.pruned is not None and self.parked is not None:
-            whole = torch.where(self.pruned, self.parked, whole)
+        if self._single and self.parked is not None:  # of neurons, heads and layers that are cut, the gradient is zero
+            whole = (whole if self._holes is None else whole.masked_fill(self._holes, 0)) + self.parked
         new = group.sum(lambda _: gradient.float() * self._with_product(whole), [self])
         group.heard = new if group.heard is None else group.heard + new
 
@@ -121,7 +120,7 @@ def attach(groups: Iterable[Group], adapters: Mapping[nn.Parameter, Adapter], es
                     "estimated; add it (all-linear has each), or set peft.gradients: exact"
                 )
             coupled = group.rule.structure.couples is not None
-            slots.append(Frozen(slot, adapter, covers=not coupled))
+            slots.append(Frozen(slot, adapter, single=not coupled))
             if adapter is not None and coupled:
                 slots.append(Factor(slot, adapter))
         group.slots = slots

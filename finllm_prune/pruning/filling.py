@@ -27,8 +27,9 @@ def survivors(group: Group, pruned: Mapping[str, Tensor | None]) -> Tensor:
         cut = pruned[slot.name]
         return torch.ones_like(slot.weight, dtype=torch.float32) if cut is None else (~cut).float()
 
+    matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
     left = [
-        group.sum(stays, [slot for slot in group.matrices if slot.site.axis == axis]) for axis in (0, 1)
+        group.sum(stays, [slot for slot in matrices if slot.site.axis == axis]) for axis in (0, 1)
     ]  # inputs, output
     mask = torch.minimum(*left) > 0
     if not bool(mask.any()):

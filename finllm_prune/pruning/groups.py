@@ -135,8 +135,8 @@ class Slot:
         shape = self.parameter.shape
         return torch.empty(shape if len(shape) == 2 else (*shape, 1), device="meta")
 
-    def cover(self) -> None:
-        """Before a forward: what else adds to cut weights is made up for, so that they count as zeros."""
+    def cover(self, pruned: Tensor) -> None:
+        """Before a forward: what else is added to ``pruned`` weights is made up for, so that they count as zeros."""
 
     def uncover(self) -> None:
         """The inverse of ``cover``, where it was done: cut weights are zeros themselves."""

@@ -289,7 +289,8 @@ class Pruner:
     def _cover(self) -> None:
         for group in self.groups:
             for slot in group.slots:
-                slot.cover()
+                if slot.pruned is not None:
+                    slot.cover(slot.pruned)
 
     def _uncover(self) -> None:
         for group in self.groups:
