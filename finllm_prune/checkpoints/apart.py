@@ -30,6 +30,7 @@ def save_apart(adapted: "PeftModel", tokenizer: PreTrainedTokenizerBase, folder:
     with staged(folder) as partial:
         masked.save(copy.deepcopy(adapted).unload(), tokenizer, partial / "base")
         adapted.save_pretrained(str(partial / "adapter"), save_embedding_layers=False)
+        (partial / "adapter" / "README.md").unlink(missing_ok=True)  # an empty form; the card lies in the run's output
         merged: PreTrainedModel = adapted.merge_and_unload()
         base = AutoModelForSequenceClassification.from_pretrained(partial / "base", trust_remote_code=False)
         base.name_or_path = ""
