@@ -211,7 +211,7 @@ def _training(
     pruner = Pruner(groups, recipe.pruning.schedule, costs=ready.costs)
     adapted = adapt(student, recipe.peft, ready.arguments.seed, groups)
     # Scores, and the values of cut weights, which are parked; both are gone when the masks freeze.
-    carried = _bytes(pruner.state_dict().values()) + _bytes(slot.parameter for group in groups for slot in group.slots)
+    carried = _bytes(pruner.state_dict().values()) + sum(_parked(group) for group in groups)
     listeners = recipe.peft.callbacks(pruner) if recipe.peft else []
     seconds["pruning"], peak = _few_steps(ready, adapted, "prune", {}, listeners, pruner=pruner, teacher=teacher)
     if (recovery := recipe.recovery) is not None:
@@ -257,6 +257,12 @@ def _held(trainer: PruningTrainer) -> int:
     if trainer.teacher is not None:
         tensors += [*trainer.teacher.model.parameters()]
     return _bytes(tensors)
+
+
+def _parked(group: Group) -> int:
+    """The most that waits beside a group's weights: cut rows and columns alone, or as much as the weights."""
+    part = group.rule.sparsity if group.rule.structure.sliced else None
+    return int((part or 1.0) * _bytes(slot.parameter for slot in group.slots))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -30,7 +30,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Sensitivity, bounds
 from finllm_prune.pruning.criteria import SecondOrder, State, SteeredScores, Step
 from finllm_prune.pruning.filling import survivors
-from finllm_prune.pruning.groups import KEPT, Group, Rule, give_densities
+from finllm_prune.pruning.groups import Group, Rule, give_densities
 from finllm_prune.pruning.schedules import Schedule
 from finllm_prune.pruning.sharding import Split, here, mesh_of, total
 from finllm_prune.pruning.targets import Costs
@@ -215,8 +215,8 @@ class Pruner:
             for key, tensor in self._state(group).items():
                 state[f"{group.name}/state/{key}"] = _spread(group, tensor)
             for slot in group.slots:
-                held = {key: kept for key in KEPT if (kept := getattr(slot, key)) is not None and not slot.frozen}
-                state |= {f"{slot.name}/{key}": slot.split.spread(t) if slot.split else t for key, t in held.items()}
+                for key, tensor in slot.beside().items() if not slot.frozen else ():
+                    state[f"{slot.name}/{key}"] = slot.split.spread(tensor) if slot.split else tensor
         for groups, budget in self._measured():
             for group, density in zip(groups, budget.densities, strict=False):  # none before the dry pass
                 state[f"{group.name}/density"] = torch.tensor(density, dtype=torch.float64)
@@ -268,29 +268,28 @@ class Pruner:
                 if key.startswith(prefix)
             }
             for slot in group.slots:
-                for key in KEPT:
-                    kept = state.get(f"{slot.name}/{key}")
-                    part = None if kept is None else _part(slot.split, kept, slot.outline.shape)
-                    setattr(slot, key, None if part is None else part.to(device, copy=True))
-                if slot.frozen and slot.pruned is not None:
-                    slot.parked = slot.weight * slot.pruned
-                    slot.weight.masked_fill_(slot.pruned, 0)
+                prefix = f"{slot.name}/"
+                held = {key: state[prefix + key] for key in ("parked", "origin") if prefix + key in state}
+                parts = {key: _part(slot.split, tensor, slot.outline.shape) for key, tensor in held.items()}
+                slot.hold({key: part.to(device, copy=True) for key, part in parts.items()})
+                if slot.frozen and group.cut:
+                    slot.hold({"parked": slot.weight * group.pruned(slot)})
+                    slot.weight.masked_fill_(group.pruned(slot), 0)
         self._cover()
 
     def holds(self) -> bool:
         """Whether every cut weight of the model is an exact zero."""
         return all(
-            not bool(slot.weight[slot.pruned].any())
+            not bool(slot.weight[group.pruned(slot)].any())
             for group in self.groups
+            if group.cut
             for slot in group.slots
-            if slot.pruned is not None
         )
 
     def _cover(self) -> None:
         for group in self.groups:
-            for slot in group.slots:
-                if slot.pruned is not None:
-                    slot.cover(slot.pruned)
+            for slot in group.slots if group.cut else []:
+                slot.cover(group.pruned(slot))
 
     def _uncover(self) -> None:
         for group in self.groups:
@@ -307,9 +306,8 @@ class Pruner:
         for group in self._all_groups():
             group.set_mask(group.mask.to(device), None if group.gate is None else group.gate.to(device))
             for slot in group.slots:
-                for key in KEPT:
-                    kept = getattr(slot, key)
-                    setattr(slot, key, None if kept is None else kept.to(device))
+                slot.parked = None if slot.parked is None else slot.parked.to(device)
+                slot.origin = None if slot.origin is None else slot.origin.to(device)
 
     def _all_groups(self) -> list[Group]:
         first, later = self.stages
@@ -402,7 +400,7 @@ class Pruner:
         """The masks are final. Where they are filled, the groups of heads and neurons go on from here, on whole weights."""
         before, after = self.stages
         fine = self.sparsity()
-        pruned = {slot.name: slot.pruned for group in before for slot in group.slots}
+        pruned = {slot.name: group.pruned(slot) for group in before if after is not before for slot in group.slots}
         for group in after:
             if group not in before:
                 group.set_mask(survivors(group, pruned))
