@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from finllm_prune.loading import load_model
 from finllm_prune.prepare import Prepared, engine_of, read, training_arguments
 from finllm_prune.pruning import Group, Pruner, equal_widths
 from finllm_prune.recipe import Recipe
-from finllm_prune.training import PruningTrainer, Teacher
+from finllm_prune.training import PruningTrainer, Teacher, adapt
 
 _STEPS = 4
 
@@ -200,7 +200,8 @@ def _training(
     recipe = ready.recipe
     seconds = {"dense": 0.0}
     if recipe.dense.checkpoint is None:
-        seconds["dense"], _ = _few_steps(ready, copy.deepcopy(ready.model), "dense", recipe.dense.training)
+        model = adapt(copy.deepcopy(ready.model), recipe.peft, ready.arguments.seed)
+        seconds["dense"], _ = _few_steps(ready, model, "dense", recipe.dense.training)
     teacher = None
     if recipe.distillation is not None and not recipe.distillation.cache:
         model = copy.deepcopy(ready.model)
@@ -208,9 +209,11 @@ def _training(
             model = load_model(recipe.task, ready.teacher, ready.examples.labels)
         teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     pruner = Pruner(groups, recipe.pruning.schedule, costs=ready.costs)
+    adapted = adapt(student, recipe.peft, ready.arguments.seed, groups)
     # Scores, and the values of cut weights, which are parked; both are gone when the masks freeze.
-    carried = _bytes(pruner.state_dict().values()) + _bytes(slot.parameter for group in groups for slot in group.slots)
-    seconds["pruning"], peak = _few_steps(ready, student, "prune", {}, pruner=pruner, teacher=teacher)
+    carried = _bytes(pruner.state_dict().values()) + sum(_parked(group) for group in groups)
+    listeners = recipe.peft.callbacks(pruner) if recipe.peft else []
+    seconds["pruning"], peak = _few_steps(ready, adapted, "prune", {}, listeners, pruner=pruner, teacher=teacher)
     if (recovery := recipe.recovery) is not None:
         seconds["recovery"], _ = _few_steps(ready, small, "recover", recovery.training, teacher=teacher)
         if not recovery.of_its_own:  # but a part of the training
@@ -220,8 +223,9 @@ def _training(
 
 
 def _few_steps(
-    ready: Prepared, model: PreTrainedModel, phase: str, changes: dict[str, Any], **parts: Any
-) -> tuple[float, int]:
+    ready: Prepared, model: PreTrainedModel, phase: str, changes: dict[str, Any],
+    callbacks: Sequence[TrainerCallback] = (), **parts: Any,
+) -> tuple[float, int]:  # fmt: skip
     """The seconds of a whole phase, and its peak of bytes."""
     short = {"max_steps": _STEPS, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
     short |= {"report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
@@ -231,7 +235,8 @@ def _few_steps(
         args = training_arguments(ready.recipe, Path(folder), phase, changes | short)
         trainer = PruningTrainer(
             model, args, train_dataset=ready.tokens["train"], data_collator=ready.recipe.task.collator(ready.tokenizer),
-            processing_class=ready.tokenizer, callbacks=[watch], task_loss=ready.recipe.task.loss(ready.examples), **parts,
+            processing_class=ready.tokenizer, callbacks=[watch, *callbacks],
+            task_loss=ready.recipe.task.loss(ready.examples), **parts,
         )  # fmt: skip
         per_epoch = max(1, len(trainer.get_train_dataloader()) // whole.gradient_accumulation_steps)
         trainer.remove_callback(PrinterCallback)  # a plan is one table
@@ -252,6 +257,12 @@ def _held(trainer: PruningTrainer) -> int:
     if trainer.teacher is not None:
         tensors += [*trainer.teacher.model.parameters()]
     return _bytes(tensors)
+
+
+def _parked(group: Group) -> int:
+    """The most that waits beside a group's weights: cut rows and columns alone, or as much as the weights."""
+    part = group.rule.sparsity if group.rule.structure.sliced else None
+    return int((part or 1.0) * _bytes(slot.parameter for slot in group.slots))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

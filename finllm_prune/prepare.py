@@ -28,7 +28,7 @@ from finllm_prune.loading import class_names, label_order, load_config, load_mod
 from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap, refuse_unsplittable
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, read_texts
-from finllm_prune.training import refuse_no_chain
+from finllm_prune.training import Lora, adapt, refuse_no_chain
 from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 from finllm_prune.workfolder import CHECKPOINTS, check_batch, check_output, check_vocabulary, open_work
@@ -152,6 +152,8 @@ def _check_gates(recipe: Recipe, examples: Examples) -> None:
 def _refuse_unsplittable(recipe: Recipe) -> None:
     """What a recipe cannot ask for where FSDP splits the model among ranks."""
     refuse_unsplittable(recipe.pruning.rules)
+    if recipe.peft is not None:
+        raise InputError("peft: adapters are not split among ranks with what they stand beside; launch with DDP")
     if recipe.recovery is not None:
         raise InputError(
             "recovery: FSDP splits the optimizer's moments among ranks, and the small model cannot take them over; remove the "
@@ -177,6 +179,8 @@ def _check_rules(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
     _tell_size(groups)
     whole = architecture.whole_units(model, rules) if recipe.pruning.fill else []
     _check_graph(recipe, architecture, model)
+    if recipe.peft is not None:
+        _check_adapters(recipe.peft, architecture, model, rules)
     _check_fit(recipe, architecture, model.config, [*rules, *(group.rule for group in whole)])
     if isinstance(recipe.pruning.oneshot, Calibrated):
         if not isinstance(architecture, Family):
@@ -186,6 +190,18 @@ def _check_rules(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
             )
         refuse_no_chain(model, architecture, groups)
     return groups
+
+
+def _check_adapters(lora: Lora, architecture: Architecture, model: PreTrainedModel, rules: list[Rule]) -> None:
+    """That there are adapters where they are needed, on a model of the same shapes without values."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError(
+            "peft: adapters beside a quantized or packed base are not done here; name a plain base model, as `finllm-prune "
+            "export --format masked` makes of ours"
+        )
+    with torch.device("meta"):
+        shape: PreTrainedModel = type(model)(copy.deepcopy(model.config))
+    adapt(shape, lora, 0, architecture.groups(shape, rules))
 
 
 def engine_of(target: Target) -> Engine:

@@ -33,12 +33,13 @@ from finllm_prune.pruning import (
     OneShot,
     Rule,
     Schedule,
+    SparseGPT,
     refuse_unfillable,
     refuse_unfit,
 )
 from finllm_prune.settings import build, mapping, named, read_yaml, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
-from finllm_prune.training import Distillation, Recording, Recovery, refuse_unrecoverable
+from finllm_prune.training import Distillation, Lora, Recording, Recovery, refuse_beside_lora, refuse_unrecoverable
 from finllm_prune.vocabulary import Trim
 
 T = typing.TypeVar("T")
@@ -110,6 +111,8 @@ class Recipe:
         dense: the baseline.
         vocabulary: which tokens stay, in the dense model and all that comes of it; None keeps all.
         distillation: what the pruned model learns from the teacher; None trains on labels alone.
+        peft: trains adapters and the head beside frozen weights, in the dense baseline too; None (the default) trains all
+            weights. ``training`` is meant for them then.
         recovery: trains on without the dead heads and neurons; None (the default) trains at full size to the end. Beside
             ``keep_moments`` its keys are those of ``training``.
         recording: of the flight recorder; None (``recording: false``) records nothing.
@@ -130,6 +133,7 @@ class Recipe:
     dense: Dense = field(default_factory=Dense)
     vocabulary: Trim | None = None
     distillation: Distillation | None = field(default_factory=Distillation)
+    peft: Lora | None = None
     recovery: Recovery | None = None
     recording: Recording | None = field(default_factory=Recording)
     training: dict[str, Any] = field(default_factory=dict)
@@ -177,6 +181,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
         vocabulary=_optional(Trim, data.get("vocabulary"), "vocabulary"),
         distillation=_optional(Distillation, data.get("distillation", {}), "distillation"),
+        peft=_optional(Lora, data.get("peft"), "peft"),
         recovery=_recovery(data.get("recovery")),
         recording=_optional(Recording, data.get("recording", {}), "recording"),
         training=training,
@@ -193,6 +198,8 @@ def parse(data: dict[str, Any]) -> Recipe:
     check_gates(recipe.gates)
     if recipe.recovery is not None:
         _check_recovery(recipe, recipe.recovery)
+    if recipe.peft is not None:
+        _check_peft(recipe, recipe.peft)
     couples = recipe.pruning.fill or any(rule.structure.couples for rule in recipe.pruning.rules)
     shrinks = recipe.model.keep_layers or couples
     for name in ("compact", "ragged", "ragged-remote"):
@@ -321,6 +328,30 @@ def _check_recovery(recipe: Recipe, recovery: Recovery) -> None:
             "recovery: it starts from a whole checkpoint at the freeze, so save_only_model and save_strategy: best do not go "
             "with it; remove them from training"
         )
+
+
+def _check_peft(recipe: Recipe, lora: Lora) -> None:
+    pruning = recipe.pruning
+    for key, used in {
+        "recovery": recipe.recovery is not None,
+        "pruning.oneshot": isinstance(pruning.oneshot, SparseGPT),
+        "pruning.fill": pruning.fill,
+        "pruning.schedule.rewind": pruning.schedule.rewind,
+    }.items():
+        if used:
+            raise InputError(
+                f"{key}: this is not done beside adapters, whose weights are frozen; change it, or remove peft"
+            )
+    if lora.gradients == "lora" and pruning.target is not None:
+        raise InputError(
+            "pruning.target: it adds up what cuts cost the loss, which gradients estimated from adapters tell up to a factor; "
+            "set peft.gradients: exact"
+        )
+    if lora.base_dtype == "bfloat16" and not recipe.training.get("bf16"):
+        raise InputError(
+            "peft.base_dtype: bfloat16 weights beside fp32 adapters need autocast; set training.bf16: true"
+        )
+    refuse_beside_lora(pruning.rules, lora, fp16=bool(recipe.training.get("fp16")))
 
 
 def _optional(cls: type[T], data: Any, where: str) -> T | None:

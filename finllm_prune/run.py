@@ -11,7 +11,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import unwrap_peft_model
 
+from finllm_prune.checkpoints.apart import save_apart
 from finllm_prune.conclusion import conclude
 from finllm_prune.errors import ProofError
 from finllm_prune.evaluation import Report
@@ -29,8 +31,10 @@ from finllm_prune.training import (
     Seam,
     SmallerCallback,
     Teacher,
+    adapt,
     hand_over,
     measure_sensitivity,
+    merge,
     prune_once,
     sample_batches,
     with_teacher_logits,
@@ -74,8 +78,9 @@ def dense(ready: Prepared) -> PreTrainedModel:
     if not exists:
         model = ready.model
         if ready.recipe.dense.checkpoint is None:
-            trainer = _trainer(ready, model, "dense", ready.recipe.dense.training)
-            trainer.go_on()
+            adapted = adapt(model, ready.recipe.peft, ready.arguments.seed)
+            _trainer(ready, adapted, "dense", ready.recipe.dense.training).go_on()
+            model = merge(adapted)
         _save_plain(model, ready.tokenizer, folder)
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
 
@@ -97,15 +102,18 @@ def prune(
     rules = recipe.pruning.rules
     fill = architecture.whole_units(student, rules) if recipe.pruning.fill else []
     pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill, ready.costs)
+    adapted = adapt(student, recipe.peft, ready.arguments.seed, pruner.groups)
     seam = [Seam(pruner, recipe.recovery)] if recipe.recovery else []
     trainer = _trainer(
-        ready, student, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording,
-        callbacks=seam,
+        ready, adapted, "prune", {}, pruner=pruner, teacher=teacher, train_dataset=rows, recording=recipe.recording,
+        callbacks=[*seam, *(recipe.peft.callbacks(pruner) if recipe.peft else [])],
     )  # fmt: skip
     if trainer.args.resume_from_checkpoint is None:  # a checkpoint holds the outcome
-        _calibrate(ready, student, pruner)
+        _calibrate(ready, unwrap_peft_model(adapted), pruner)
     trainer.go_on()
-    student = _whole(ready, student, pruner)
+    student = _whole(ready, _merged(ready, adapted), pruner)
+    if recipe.peft is not None:
+        pruner.finish()  # the merged products have filled single zeros
     log = trainer.state.log_history
     clock["pruned"] = time.time()
     if recipe.recovery is not None:
@@ -113,6 +121,14 @@ def prune(
     if not pruner.holds():
         raise ProofError("the trained model has weights where its masks have none; nothing was exported")
     return student, pruner, trainer.recorder, [entry for entry in log if "sparsity" in entry]
+
+
+def _merged(ready: Prepared, adapted: Any) -> PreTrainedModel:
+    """The plain model; what it consists of is written apart too, where the recipe asks for that."""
+    lora = ready.recipe.peft
+    if lora is None or not lora.keep_adapter or not PartialState().is_main_process:
+        return merge(adapted)
+    return save_apart(adapted, ready.tokenizer, ready.work / "lora")
 
 
 def _recover(

@@ -266,7 +266,7 @@ def test_a_sweep_that_is_killed_goes_on_and_picks(
     verify(out / "picked" / "compact")
     assert (out / "picked" / "report.json").read_bytes() == (second / "report.json").read_bytes()
     assert (out / "pareto.png").is_file()
-    assert "sparsity-0.75_seed-42" in (out / "report.html").read_text()
+    assert "sparsity-0.75_seed-5" in (out / "report.html").read_text()
 
     times = {path: path.stat().st_mtime_ns for path in out.glob("sparsity*/**/*")}
     assert call(*asked, "--resume") == 0

@@ -1,5 +1,6 @@
 """The Trainer: exact resume, the loss scale, the best checkpoint, distillation, autocast."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from finllm_prune.pruning import (
 from finllm_prune.training import Distillation, PruningTrainer, Teacher
 from finllm_prune.training.trainer import STATE_FILE, complete_checkpoint
 from tests.conftest import logits, tiny_model
+from tests.pruning.runs import make_batches, make_pruner, make_rule, train
 
 RULES = {
     "neuron": [Rule("mlp", 0.5, structure=Neuron())],
@@ -188,6 +190,63 @@ def test_bf16_autocast_trains_and_prunes_with_fp32_weights(tmp_path: Path) -> No
     reloaded = type(run.model).from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(reloaded), logits(run.model)), "what was trained is no longer under autocast"
     assert all(value.isfinite().all() for value in weights(run.model).values())
+
+
+@pytest.mark.parametrize("kind", ["neuron", "unstructured"])
+def test_gradient_checkpointing_and_fused_adamw_end_with_the_same_weights(tmp_path: Path, kind: str) -> None:
+    plain = trainer(tmp_path, RULES[kind], optim="adamw_torch")
+    plain.train()
+    checkpointing = tiny_model()
+    checkpointing.gradient_checkpointing_enable()
+    for how in ({"model": checkpointing, "optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}):
+        other = trainer(tmp_path, RULES[kind], **how)
+        other.train()
+        assert other.pruner is not None
+        assert plain.pruner is not None
+        assert other.pruner.mask_hash() == plain.pruner.mask_hash()
+        assert_same(weights(other.model), weights(plain.model), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["neuron", "unstructured"])
+def test_weights_in_bf16_stay_so_and_are_pruned(tmp_path: Path, kind: str) -> None:
+    run = trainer(tmp_path, RULES[kind], model=tiny_model().to(torch.bfloat16), save_strategy="steps", save_steps=6)
+    run.train()
+    assert run.pruner is not None
+    assert run.pruner.sparsity() == pytest.approx(0.5 if kind == "neuron" else 0.75, abs=1e-4)
+    assert run.pruner.holds()
+    assert {value.dtype for value in weights(run.model).values() if value.is_floating_point()} == {torch.bfloat16}
+    kept = load_file(tmp_path / "checkpoint-6" / STATE_FILE)
+    assert {tensor.dtype for key, tensor in kept.items() if key.endswith("/parked")} == {torch.bfloat16}
+    assert {tensor.dtype for key, tensor in kept.items() if key.endswith("/scores")} == {torch.float32}
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("bitsandbytes") is None, reason="needs a GPU and bitsandbytes"
+)
+def test_adam_with_moments_of_8_bits_prunes(tmp_path: Path) -> None:
+    run = trainer(tmp_path, RULES["unstructured"], model=tiny_model(hidden=64), optim="adamw_bnb_8bit", use_cpu=False)
+    run.train()
+    assert run.pruner is not None
+    assert run.pruner.holds()
+    assert run.pruner.sparsity() == pytest.approx(0.75, abs=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("structure", ["unstructured", "neuron"])
+def test_a_compiled_model_is_compiled_once(structure: str) -> None:
+    """Masks come and go in the weights, of which torch.compile knows the shapes alone."""
+    batches, found = make_batches(10), []
+    for compiled in (False, True):
+        model = tiny_model()
+        pruner = make_pruner(model, make_rule(structure))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            run = torch.compile(model, backend="aot_eager") if compiled else model
+            train(run, pruner, optimizer, batches)
+        assert pruner.sparsity() == 0.5
+        found.append((pruner.mask_hash(), weights(model)))
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][1], found[1][1], 1e-6)
 
 
 @pytest.mark.parametrize("criterion", [Magnitude(), Movement()])

@@ -26,9 +26,9 @@ from finllm_prune.staging import UNFINISHED
 _AT_THE_ROOT = ("compact", "masked", "ragged-remote", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")
 _CARD, _RECIPE, _PLOTS = "README.md", "recipe.yaml", "plots"
 _GOES = {_CARD, _RECIPE, "LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md"}
-# Known, but nobody needs it there: the baseline, the figures of each step, what may quote texts, and what
-# the card tells.
-_STAYS = {"dense", "runs", "recorder.parquet", "report.html", "flips.json", "governance.yaml", REPORT}
+# Known, but nobody needs it there: the baseline, the parts of a merged model, the figures of each step, what may
+# quote texts, and what the card tells.
+_STAYS = {"dense", "lora", "runs", "recorder.parquet", "report.html", "flips.json", "governance.yaml", REPORT}
 _MID_RUN = re.compile(
     r"checkpoints|checkpoint-\d+|(optimizer|scheduler|scaler|rng_state|trainer_state|training_args)\b.*"
 )

@@ -1,5 +1,6 @@
 """Pruning itself: torch only; no transformers, no files."""
 
+from finllm_prune.pruning.adapters import Adapter, Factor, Frozen, attach
 from finllm_prune.pruning.budgets import BUDGETS, Budget, Global, Sensitivity, Uniform
 from finllm_prune.pruning.criteria import (
     CRITERIA,
@@ -28,10 +29,10 @@ from finllm_prune.pruning.targets import Costs, equal_widths, spread
 
 __all__ = [
     "BUDGETS", "CRITERIA", "L0", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
-    "Block", "Budget", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient",
-    "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner",
-    "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
-    "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
-    "equal_widths", "give_densities", "here", "mesh_of", "not_finite", "pattern_of", "refuse_overlap", "refuse_unfillable",
-    "refuse_unfit", "refuse_unsplittable", "sampled", "split_mesh", "spread", "total",
+    "Adapter", "Block", "Budget", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic", "Exponential", "Factor",
+    "Frozen", "Global", "Gradient", "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron",
+    "OneShot", "Platon", "Pruner", "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity",
+    "Site", "Slot", "SoftMovement", "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
+    "attach", "equal_widths", "give_densities", "here", "mesh_of", "not_finite", "pattern_of", "refuse_overlap",
+    "refuse_unfillable", "refuse_unfit", "refuse_unsplittable", "sampled", "split_mesh", "spread", "total",
 ]  # fmt: skip

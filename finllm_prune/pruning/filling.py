@@ -15,17 +15,16 @@ from finllm_prune.pruning.groups import Group, Rule, Slot
 from finllm_prune.pruning.oneshot import pattern_of
 
 
-def survivors(group: Group, pruned: Mapping[str, Tensor | None]) -> Tensor:
+def survivors(group: Group, pruned: Mapping[str, Tensor]) -> Tensor:
     """The mask of a group of coupled matrices: the units that still read something and write something.
 
     Args:
         group: heads or neurons, rows of their inputs and columns of their output.
-        pruned: slot name -> True where the matrix's own mask has cut it, in the weight's shape; None where nowhere.
+        pruned: slot name -> True where the matrix's own mask has cut it, in the weight's shape.
     """
 
     def stays(slot: Slot) -> Tensor:
-        cut = pruned[slot.name]
-        return torch.ones_like(slot.weight, dtype=torch.float32) if cut is None else (~cut).float()
+        return (~pruned[slot.name]).float()
 
     matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
     left = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -85,20 +86,26 @@ class Rule:
             )
 
 
-KEPT = ("parked", "origin")  # weight-shaped tensors that a slot may hold beside its parameter
-
-
 class Slot:
-    """A parameter seen as a matrix: a bias is a weight with one column, so that it goes with its row."""
+    """A parameter seen as a matrix: a bias is a weight with one column, so that it goes with its row.
+
+    Where units are whole rows or columns, ``lines`` are the numbers of those that are cut, and ``parked`` holds these alone;
+    otherwise ``parked`` has the weight's shape, zero where units are kept. ``origin`` is what a ``rewind`` goes back to.
+    """
+
+    judged: ClassVar[bool] = True
+    """Whether its values say what a unit is worth; an adapter's factor is only cut with the others."""
+
+    frozen: ClassVar[bool] = False
+    """Whether no optimizer moves it and no checkpoint holds it."""
 
     def __init__(self, name: str, parameter: nn.Parameter, site: Site):
         self.name = name
         self.parameter = parameter
         self.site = site
         self.split = Split.of(parameter, name)
+        self.lines: Tensor | None = None
         self.parked: Tensor | None = None
-        self.pruned: Tensor | None = None
-        self.gate: Tensor | None = None
         self.origin: Tensor | None = None
 
     @property
@@ -113,18 +120,46 @@ class Slot:
         return grad if grad is None or grad.ndim == 2 else grad.unsqueeze(1)
 
     @property
+    def effective(self) -> Tensor:
+        """What the forward multiplies by, which criteria judge: the weight, with what an adapter adds to it."""
+        return self.weight
+
+    @property
+    def effective_gradient(self) -> Tensor | None:
+        """The loss's gradient with respect to ``effective``, or an estimate of it."""
+        return self.gradient
+
+    @property
     def outline(self) -> Tensor:
         """The shape of the whole matrix, without values."""
         shape = self.parameter.shape
         return torch.empty(shape if len(shape) == 2 else (*shape, 1), device="meta")
 
-    def follow(self, parameter: nn.Parameter) -> None:
-        """Take the place of the parameter in another model, which may be split in another way."""
-        before, after = self.split, Split.of(parameter, self.name)
-        for key in KEPT:
-            if (kept := getattr(self, key)) is not None:
-                setattr(self, key, moved(kept, before, after))
-        self.parameter, self.split = parameter, after
+    def cover(self, pruned: Tensor) -> None:
+        """Before a forward: what else is added to ``pruned`` weights is made up for, so that they count as zeros."""
+
+    def uncover(self) -> None:
+        """The inverse of ``cover``, where it was done: cut weights are zeros themselves."""
+
+    def add_parked(self, sign: int) -> None:
+        """Bring the parked values back into the weight (1), or take them out of it (-1)."""
+        if self.parked is not None and self.lines is not None:
+            self.weight.index_add_(self.site.axis, self.lines, self.parked, alpha=sign)
+        elif self.parked is not None:
+            self.weight.add_(self.parked, alpha=sign)
+
+    def beside(self) -> dict[str, Tensor]:
+        """What the slot holds beside its parameter, by name, each in the weight's shape."""
+        found = {"parked": self.parked, "origin": self.origin}
+        if self.parked is not None and self.lines is not None:
+            found["parked"] = torch.zeros_like(self.weight).index_add_(self.site.axis, self.lines, self.parked)
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    def hold(self, found: Mapping[str, Tensor]) -> None:
+        """The inverse of ``beside``, for the lines that are cut now."""
+        self.parked, self.origin = found.get("parked"), found.get("origin")
+        if self.parked is not None and self.lines is not None:
+            self.parked = self.parked.index_select(self.site.axis, self.lines)
 
 
 class Group:
@@ -132,7 +167,8 @@ class Group:
 
     ``mask`` (bool, the grid's shape) is True where a unit is kept. While a unit is cut its weights are exact zeros in
     the model, and their values are *parked*: ``W = weight + parked``. A ``gate`` (fp32, 0 to 1) weighs the units that are
-    kept: the model holds ``gate * W``, and what is missing is parked.
+    kept: the model holds ``gate * W``, and what is missing is parked. ``heard`` is ``sum(dL/dW' * W)`` per unit where gradients
+    were consumed as they came (``pruning.adapters``).
     """
 
     def __init__(self, name: str, rule: Rule, slots: list[Slot]):
@@ -147,6 +183,7 @@ class Group:
         self.mask = whole if self.split is None else self.split.part(whole)
         self.kept = self.units
         self.gate: Tensor | None = None
+        self.heard: Tensor | None = None
         rule.criterion.check(self)
 
     @property
@@ -163,9 +200,14 @@ class Group:
     def cut(self) -> bool:
         return self.kept < self.units
 
+    @property
+    def matrices(self) -> list[Slot]:
+        """Without biases, and without what an adapter adds."""
+        return [slot for slot in self._judged() if slot.parameter.ndim == 2]
+
     def sum(self, value: Callable[[Slot], Tensor], among: Sequence[Slot] | None = None) -> Tensor:
         """A weight-shaped value per slot, summed per unit over the whole group (or some of its slots), on all ranks."""
-        structure, slots = self.rule.structure, self.slots if among is None else among
+        structure, slots = self.rule.structure, self._judged() if among is None else among
         parts = [
             structure.reduce(value(slot), slot.site)
             if slot.split is None or structure.single
@@ -200,8 +242,17 @@ class Group:
         self.mask, self.gate = mask, gate
         self.kept = int(total(mask.count_nonzero(), None if self.split is None else self.split.mesh))
         for slot in self.slots:
-            slot.pruned = self.expand(~mask, slot) if self.cut else None
-            slot.gate = None if gate is None else self.expand(gate.to(slot.weight.dtype), slot)
+            slot.lines = self._lines(slot) if self.cut and gate is None and self.rule.structure.sliced else None
+
+    def pruned(self, slot: Slot) -> Tensor:
+        """True where the slot's weights are cut; made anew at each call, for only grids are kept."""
+        return self.expand(~self.mask, slot)
+
+    def _lines(self, slot: Slot) -> Tensor:
+        axis = slot.site.axis
+        along = self.rule.structure.expand(~self.mask, slot.outline, slot.site).select(1 - axis, 0)
+        mine = along if slot.split is None or axis == 1 else along[slot.split.rows]
+        return mine.nonzero().squeeze(1)
 
     def follow(self, parameters: Mapping[str, nn.Parameter], state: dict[str, Tensor]) -> None:
         """Go where the parameters of these names are, with mask, parked values and the criterion's state."""
@@ -211,44 +262,51 @@ class Group:
         for key, tensor in state.items():
             if tensor.shape == self.mask.shape:
                 state[key] = moved(tensor, before, after)
+        held = []
         for slot in self.slots:
-            slot.follow(parameters[slot.name])
+            was, slot.split = slot.split, Split.of(parameters[slot.name], slot.name)
+            held.append({key: moved(tensor, was, slot.split) for key, tensor in slot.beside().items()})
+            slot.parameter = parameters[slot.name]
         assert mask is not None
         self.set_mask(mask, gate)
+        for slot, found in zip(self.slots, held, strict=True):
+            slot.hold(found)
 
     def unpark(self) -> None:
         """Whole weights again: the optimizer's momentum and decay act on cut weights as on any other."""
         for slot in self.slots:
-            if slot.parked is not None:
-                slot.weight.add_(slot.parked)
+            slot.add_parked(1)
+            slot.parked = None
 
     def clear_gradients(self) -> None:
         """The optimizer sees no gradient of what is cut, and none at all (so no decay either) of frozen weights."""
+        self.heard = None
         for slot in self.slots:
             if not self.rule.criterion.trains_weights:
                 slot.parameter.grad = None
-            elif slot.pruned is not None and (gradient := slot.gradient) is not None:
-                gradient.masked_fill_(slot.pruned, 0)
-            if slot.gate is not None and (gradient := slot.gradient) is not None:
-                gradient.mul_(slot.gate)
+            elif (gradient := slot.gradient) is not None:
+                if self.cut:
+                    gradient.masked_fill_(self.pruned(slot), 0)
+                if self.gate is not None:
+                    gradient.mul_(self._weigh(slot))
 
     def park(self) -> None:
         """Move the values of cut weights beside the model, exactly: ``W - 0 = W`` there and ``W - W = 0`` elsewhere."""
         for slot in self.slots:
-            if slot.pruned is None and slot.gate is None:
-                slot.parked = None
-                continue
-            if slot.parked is None:
-                slot.parked = torch.empty_like(slot.weight)
-            if slot.gate is not None:
+            slot.parked = None
+            if self.gate is not None:
                 # The larger of the two parts is at least half of W, so one of the subtractions is exact (Sterbenz), and
                 # W comes back to the bit.
-                slot.parked.copy_(slot.weight - slot.weight * slot.gate)
-                slot.weight.sub_(slot.parked)
-            elif slot.pruned is not None:
-                slot.parked.copy_(slot.weight)
-                slot.weight.masked_fill_(slot.pruned, 0)
-                slot.parked.sub_(slot.weight)
+                slot.parked = slot.weight - slot.weight * self._weigh(slot)
+            elif slot.lines is not None:
+                slot.parked = slot.weight.index_select(slot.site.axis, slot.lines)
+            elif self.cut:
+                slot.parked = slot.weight.masked_fill(self.expand(self.mask, slot), 0)
+            slot.add_parked(-1)
+
+    def _weigh(self, slot: Slot) -> Tensor:
+        assert self.gate is not None
+        return self.expand(self.gate.to(slot.weight.dtype), slot)
 
     def remember(self) -> None:
         """Keep the whole weights of now, the first time, for a later ``rewind``."""
@@ -266,8 +324,11 @@ class Group:
         """Write the cut weights as zeros and forget their values: no unit comes back after the masks are frozen."""
         for slot in self.slots:
             slot.parked = None
-            if slot.pruned is not None:
-                slot.weight.masked_fill_(slot.pruned, 0)
+            if self.cut:
+                slot.weight.masked_fill_(self.pruned(slot), 0)
+
+    def _judged(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.judged]
 
 
 def give_densities(groups: Sequence[Group], densities: Sequence[float]) -> None:

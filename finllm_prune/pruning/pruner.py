@@ -30,7 +30,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Sensitivity, bounds
 from finllm_prune.pruning.criteria import SecondOrder, State, SteeredScores, Step
 from finllm_prune.pruning.filling import survivors
-from finllm_prune.pruning.groups import KEPT, Group, Rule, give_densities
+from finllm_prune.pruning.groups import Group, Rule, give_densities
 from finllm_prune.pruning.schedules import Schedule
 from finllm_prune.pruning.sharding import Split, here, mesh_of, total
 from finllm_prune.pruning.targets import Costs
@@ -98,6 +98,7 @@ class Pruner:
         bad = self._bad_gradients()
         self._step = Step(self.progress, progress, bad if skip is None else torch.maximum(bad, skip.to(bad)))
         self.skipped += self._step.skip
+        self._uncover()
         for group in self.groups:
             if not self.frozen:
                 group.unpark()
@@ -124,6 +125,7 @@ class Pruner:
                 if gate is not None:
                     group.set_mask(gate > 0, gate)
             group.park()
+        self._cover()
 
     @torch.no_grad()
     def finish(self, replaced: bool = False) -> None:
@@ -133,6 +135,7 @@ class Pruner:
             replaced: the model holds weights of another step, as after ``load_best_model_at_end``, to which the parked values
                 do not belong.
         """
+        self._uncover()
         for group in self.groups:
             if not (self.frozen or replaced):
                 group.unpark()
@@ -161,11 +164,13 @@ class Pruner:
         Of a model that is split, the part on this rank; ``learned`` likewise.
         """
         self._follow()
+        self._uncover()
         scores: dict[str, Tensor] = {}
         for group in [] if self.frozen else self.groups:
             group.unpark()
             scores[group.name] = group.rule.criterion.score(group, self._state(group))
             group.park()
+        self._cover()
         return scores
 
     def learned(self) -> dict[str, Tensor]:
@@ -185,8 +190,7 @@ class Pruner:
         """The part of all targeted weights (biases not counted) that is cut now."""
         cut = total = 0.0
         for group in self.groups:
-            matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
-            size = sum(slot.parameter.numel() for slot in matrices)
+            size = sum(slot.parameter.numel() for slot in group.matrices)
             total += size
             if group.cut:
                 cut += size * (1.0 - group.kept / group.units)
@@ -211,8 +215,8 @@ class Pruner:
             for key, tensor in self._state(group).items():
                 state[f"{group.name}/state/{key}"] = _spread(group, tensor)
             for slot in group.slots:
-                held = {key: kept for key in KEPT if (kept := getattr(slot, key)) is not None}
-                state |= {f"{slot.name}/{key}": slot.split.spread(t) if slot.split else t for key, t in held.items()}
+                for key, tensor in slot.beside().items() if not slot.frozen else ():
+                    state[f"{slot.name}/{key}"] = slot.split.spread(tensor) if slot.split else tensor
         for groups, budget in self._measured():
             for group, density in zip(groups, budget.densities, strict=False):  # none before the dry pass
                 state[f"{group.name}/density"] = torch.tensor(density, dtype=torch.float64)
@@ -264,19 +268,33 @@ class Pruner:
                 if key.startswith(prefix)
             }
             for slot in group.slots:
-                for key in KEPT:
-                    kept = state.get(f"{slot.name}/{key}")
-                    part = None if kept is None else _part(slot.split, kept, slot.outline.shape)
-                    setattr(slot, key, None if part is None else part.to(device, copy=True))
+                prefix = f"{slot.name}/"
+                held = {key: state[prefix + key] for key in ("parked", "origin") if prefix + key in state}
+                parts = {key: _part(slot.split, tensor, slot.outline.shape) for key, tensor in held.items()}
+                slot.hold({key: part.to(device, copy=True) for key, part in parts.items()})
+                if slot.frozen and group.cut:
+                    slot.hold({"parked": slot.weight * group.pruned(slot)})
+                    slot.weight.masked_fill_(group.pruned(slot), 0)
+        self._cover()
 
     def holds(self) -> bool:
         """Whether every cut weight of the model is an exact zero."""
         return all(
-            not bool(slot.weight[slot.pruned].any())
+            not bool(slot.weight[group.pruned(slot)].any())
             for group in self.groups
+            if group.cut
             for slot in group.slots
-            if slot.pruned is not None
         )
+
+    def _cover(self) -> None:
+        for group in self.groups:
+            for slot in group.slots if group.cut else []:
+                slot.cover(group.pruned(slot))
+
+    def _uncover(self) -> None:
+        for group in self.groups:
+            for slot in group.slots:
+                slot.uncover()
 
     def _follow(self) -> None:
         """Go where the model is, which a Trainer puts on its device after the Pruner was built."""
@@ -288,9 +306,8 @@ class Pruner:
         for group in self._all_groups():
             group.set_mask(group.mask.to(device), None if group.gate is None else group.gate.to(device))
             for slot in group.slots:
-                for key in KEPT:
-                    kept = getattr(slot, key)
-                    setattr(slot, key, None if kept is None else kept.to(device))
+                slot.parked = None if slot.parked is None else slot.parked.to(device)
+                slot.origin = None if slot.origin is None else slot.origin.to(device)
 
     def _all_groups(self) -> list[Group]:
         first, later = self.stages
@@ -307,6 +324,7 @@ class Pruner:
         gradients = [
             slot.parameter.grad for group in self.groups for slot in group.slots if slot.parameter.grad is not None
         ]
+        gradients += [group.heard for group in self.groups if group.heard is not None]
         if self.frozen or not gradients:
             return torch.zeros_like(self.skipped)
         return not_finite(gradients)
@@ -382,7 +400,7 @@ class Pruner:
         """The masks are final. Where they are filled, the groups of heads and neurons go on from here, on whole weights."""
         before, after = self.stages
         fine = self.sparsity()
-        pruned = {slot.name: slot.pruned for group in before for slot in group.slots}
+        pruned = {slot.name: group.pruned(slot) for group in before if after is not before for slot in group.slots}
         for group in after:
             if group not in before:
                 group.set_mask(survivors(group, pruned))

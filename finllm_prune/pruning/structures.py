@@ -44,6 +44,9 @@ class Structure:
     """What shares one grid: the matrices of one "mlp" or one "attention", or those of the whole "encoder"; None cuts each
     matrix alone."""
 
+    sliced: ClassVar[bool] = False
+    """Whether a unit is whole rows or whole columns (along ``Site.axis``) of each matrix, so that cuts can be told by these."""
+
     single: ClassVar[bool] = False
     """Whether each weight is a unit, so that the grid is split among ranks as its weight is; other grids lie on every rank."""
 
@@ -173,6 +176,8 @@ class Block(Structure):
 class _Slices(Structure):
     """Units that are whole slices of a matrix along ``site.axis``: the shared arithmetic of neurons and heads."""
 
+    sliced: ClassVar[bool] = True
+
     def count(self, weight: Tensor, site: Site) -> int:
         raise NotImplementedError
 
@@ -230,6 +235,7 @@ class Layer(Structure):
     """
 
     couples: ClassVar[str | None] = "encoder"
+    sliced: ClassVar[bool] = True
 
     def units(self, weight: Tensor, site: Site) -> torch.Size:
         return torch.Size((site.blocks,))

@@ -3,6 +3,7 @@
 from finllm_prune.training.batches import sample_batches
 from finllm_prune.training.distillation import Distillation, Teacher
 from finllm_prune.training.layers import uniform_layers
+from finllm_prune.training.lora import Lora, adapt, merge, refuse_beside_lora
 from finllm_prune.training.oneshot import prune_once, refuse_no_chain
 from finllm_prune.training.recorder import RECORD_FILE, Recorder, Recording
 from finllm_prune.training.recovery import Recovery, Seam, SmallerCallback, hand_over, refuse_unrecoverable
@@ -11,7 +12,8 @@ from finllm_prune.training.teacher_logits import with_teacher_logits
 from finllm_prune.training.trainer import PruningTrainer
 
 __all__ = [
-    "RECORD_FILE", "Distillation", "PruningTrainer", "Recorder", "Recording", "Recovery", "Seam", "SmallerCallback", "Teacher",
-    "hand_over", "measure_sensitivity", "prune_once", "refuse_no_chain", "refuse_unrecoverable", "sample_batches",
-    "uniform_layers", "with_teacher_logits",
+    "RECORD_FILE", "Distillation", "Lora", "PruningTrainer", "Recorder", "Recording", "Recovery", "Seam", "SmallerCallback",
+    "Teacher",
+    "adapt", "hand_over", "measure_sensitivity", "merge", "prune_once", "refuse_beside_lora", "refuse_no_chain",
+    "refuse_unrecoverable", "sample_batches", "uniform_layers", "with_teacher_logits",
 ]  # fmt: skip

@@ -160,8 +160,8 @@ class Recorder(TrainerCallback):
                     split = group.split if grid.shape == group.mask.shape else None
                     seen[f"{group.name}/{kind}"] = sampled(grid, split, _SAMPLE)
             seen[f"{group.name}/mask"] = group.spread(group.mask.clone())
-            matrices = [slot for slot in group.slots if slot.parameter.ndim == 2]
-            seen[f"{group.name}/weights"] = torch.cat([sampled(slot.weight, slot.split, _SAMPLE) for slot in matrices])
+            parts = [sampled(slot.effective, slot.split, _SAMPLE) for slot in group.matrices]
+            seen[f"{group.name}/weights"] = torch.cat(parts)
         return seen
 
     def _record(self, state: TrainerState) -> None:

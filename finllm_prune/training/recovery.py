@@ -85,8 +85,8 @@ class SmallerCallback(TrainerCallback):
     def __init__(self, cuts: dict[str, Cut], pruner: Pruner, seam: Path):
         self.cuts = cuts
         self.seam = seam
-        slots = [slot for group in pruner.groups for slot in group.slots if slot.pruned is not None]
-        pruned = {slot.name: slot.pruned.view_as(slot.parameter) for slot in slots if slot.pruned is not None}
+        cut = [(group, slot) for group in pruner.groups if group.cut for slot in group.slots]
+        pruned = {slot.name: group.pruned(slot).view_as(slot.parameter) for group, slot in cut}
         left = {name: cuts[name].take(mask) if name in cuts else mask for name, mask in pruned.items()}
         self.pruned = {name: mask for name, mask in left.items() if bool(mask.any())}
 

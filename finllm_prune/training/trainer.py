@@ -23,7 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, unwrap_peft_model
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import Family, find_architecture
@@ -65,7 +65,7 @@ class PruningTrainer(Trainer):
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
         # number of accumulation steps and of ranks (huggingface/transformers#47688).
-        model.accepts_loss_kwargs = False  # type: ignore[assignment]
+        unwrap_peft_model(model).accepts_loss_kwargs = False
         if asks_for_fsdp(args):
             _wrap_blocks(model)
         super().__init__(model, args, **kwargs)
@@ -166,6 +166,8 @@ class PruningTrainer(Trainer):
         assert self.model is not None
         if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
             load({"model": self.model.state_dict()}, checkpoint_id=checkpoint / f"{FSDP_MODEL_NAME}_0")
+        elif (checkpoint / "adapter_model.safetensors").is_file():
+            self.model.load_adapter(str(checkpoint), "default", is_trainable=True)  # type: ignore[operator]
         else:
             load_model(self.model, checkpoint / "model.safetensors", device=str(self.args.device))
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.checkpoints.compact import compact
@@ -84,8 +84,7 @@ def test_a_unit_survives_where_it_reads_and_writes_anything(reads: np.ndarray, w
 
     slots = [slot(f"in{i}", kept.shape, 0) for i, kept in enumerate(reads)]
     slots += [slot("bias", (5,), 0), slot("out", writes.shape, 1)]
-    pruned: dict[str, Tensor | None] = {f"in{i}": torch.from_numpy(~kept) for i, kept in enumerate(reads)}
-    pruned["out"] = None if writes.all() else torch.from_numpy(~writes)
+    pruned = {f"in{i}": torch.from_numpy(~kept) for i, kept in enumerate(reads)} | {"out": torch.from_numpy(~writes)}
     assert survivors(Group("mlp", Rule("mlp", 0.5, Neuron()), slots), pruned).tolist() == reference(reads, writes)
 
 
@@ -117,7 +116,7 @@ def test_what_is_useful_is_dense_again_as_it_was_and_the_rest_goes_with_its_bias
     assert changed == set(), "biases of the outputs and all that no rule targets"
     assert pruner.sparsity() == 0.5
     assert "Filled: 50.0% of the targeted weights were cut; whole heads and neurons with 50.0% of them" in caplog.text
-    assert all(slot.parked is None and slot.pruned is None for group in pruner.stages[0] for slot in group.slots)
+    assert all(slot.parked is None and not group.cut for group in pruner.stages[0] for slot in group.slots)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama", "modernbert"])

@@ -272,8 +272,8 @@ def test_thirty_steps_equal_autograd_through_a_straight_through_mask(criterion: 
             for group in pruner.groups:
                 for slot in group.slots:
                     whole = slot.parameter.detach().clone()
-                    if slot.parked is not None:
-                        whole += slot.parked.view_as(whole)
+                    if "parked" in (beside := slot.beside()):
+                        whole += beside["parked"].view_as(whole)
                     close(whole, reference.latent[slot.name].detach(), f"latent weights, step {step + 1}, {slot.name}")
         assert pruner.frozen == reference.frozen
         returned += sum(

@@ -83,21 +83,24 @@ class Criterion:
 
 def norm(group: "Group") -> Tensor:
     """The l2 norm of each unit, over all matrices of the group."""
-    return group.sum(lambda slot: slot.weight.float().square()).sqrt_()
+    return group.sum(lambda slot: slot.effective.float().square()).sqrt_()
 
 
 def gate_gradient(group: "Group") -> Tensor:
     """``dL/dm = sum(dL/dW' * W)``: the gradient of the loss with respect to a mask over units."""
-    return group.sum(lambda slot: gradient(slot) * slot.weight.float())
+    if group.heard is not None:
+        return group.heard.clone()
+    return group.sum(lambda slot: gradient(slot) * slot.effective.float())
 
 
 def gradient(slot: "Slot") -> Tensor:
     """``dL/dW'`` in fp32; a frozen parameter has none, which is an error here."""
-    if slot.gradient is None:
+    found = slot.effective_gradient
+    if found is None:
         raise InputError(
             f"{slot.name} has no gradient, which its criterion needs: unfreeze it (requires_grad) or use magnitude"
         )
-    return slot.gradient.float()
+    return found.float()
 
 
 def blend(average: Tensor, value: Tensor, decay: float, step: Step) -> None:

@@ -1,0 +1,58 @@
+"""The benchmark of scale on a tiny shape, and what it refuses."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import finllm_prune
+
+Bench = Callable[..., None]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """Runs ``bench_scale.py`` in this process."""
+    monkeypatch.syspath_prepend(str(Path(finllm_prune.__file__).parents[1] / "scripts"))
+
+    def main(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["bench_scale.py", *arguments])
+        importlib.import_module("bench_scale").main()
+
+    yield main
+    for name in [name for name in sys.modules if name.split(".")[0] in ("scale", "bench_scale")]:
+        del sys.modules[name]
+
+
+def test_shapes_and_memory_on_a_tiny_model(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.json"
+    bench(
+        "--memory", "tiny", "--shapes", "tiny", "--device", "cpu", "--steps", "1", "--batch", "2", "--tokens", "8",
+        "--rows", "2", "--out", str(out),
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    trained = {row["work"]: row for row in found["shapes"] if "ratio" in row}
+    weights, units = trained["training, single weights, global"], trained["training, neurons and heads"]
+    assert weights["peak"] > weights["plain_peak"] + units["held"]
+    assert weights["held"] > 6 * units["held"], "scores and moments in fp32 of weights in bf16"
+    assert [row["sparsity"] for row in found["shapes"] if "sparsity" in row] == [0.5, 0.5]
+    held = {row["variant"]: row["held"] / row["targeted"] for row in found["memory"] if row["targeted"]}
+    assert 4.2 < held["90 % of single weights, movement"] < 4.3
+    assert 3.2 < held["the same, `moments: bfloat16`"] < 3.3
+    assert "| tiny | 75 % of neurons |" in capsys.readouterr().out
+
+
+def test_large_shapes_without_a_gpu_and_nothing_to_do_are_refused(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            bench("--shapes", "8b")
+        assert "torch sees no GPU here; use --shapes tiny --device cpu" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench()
+    assert "name what is measured" in capsys.readouterr().err
