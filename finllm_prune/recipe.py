@@ -347,7 +347,8 @@ def _check_peft(recipe: Recipe, lora: Lora) -> None:
             "pruning.target: it adds up what cuts cost the loss, which gradients estimated from adapters tell up to a factor; "
             "set peft.gradients: exact"
         )
-    if lora.base_dtype == "bfloat16" and not recipe.training.get("bf16"):
+    phases = (recipe.training, recipe.training | recipe.dense.training)
+    if lora.base_dtype == "bfloat16" and not all(phase.get("bf16") for phase in phases):
         raise InputError(
             "peft.base_dtype: bfloat16 weights beside fp32 adapters need autocast; set training.bf16: true"
         )
