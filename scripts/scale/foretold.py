@@ -46,13 +46,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; ``rows`` are those of ``scale.ranks``, which say how many calls a choice of masks makes per matrix."""
     split = [row for row in rows if row["engine"] == "FSDP2" and row["pruning"] == "single weights, global"]
     most = max(split, key=lambda row: row["ranks"])
-    per_matrix = most["choice"][0] / most["groups"]
+    per_matrix, sent = (value / most["groups"] for value in most["choice"])
     lines = [
         f"Assumed: {INSIDE / 1e9:.0f} GB/s in a machine of 8 GPUs, {ACROSS / 1e9:.0f} GB/s between machines, "
-        f"{HOP * 1e6:.0f} µs x log2(ranks) for each call. Measured: {per_matrix:.1f} calls per matrix and choice, "
-        f"{CHOICES} choices a run.\n",
+        f"{HOP * 1e6:.0f} µs x log2(ranks) for each call. Measured: {per_matrix:.1f} calls and {sent / 1e3:.0f} kB "
+        f"per matrix and choice, {CHOICES} choices a run.\n",
         "| model | GPUs | DDP: held on each GPU, GB | FSDP2, single weights: held, GB | added per step, ms "
-        "| per choice, ms: calls | gathered, even to worst, MB | FSDP2, neurons: added per step, ms |",
+        "| per choice, ms | sent per choice, MB (a gather at its worst) | FSDP2, neurons: added per step, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for big in MODELS:
@@ -60,10 +60,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         for gpus in (8, 64, 512):
             call = call_seconds(gpus)
             worst = gpus * 4 * min(2**17, big.targeted / gpus)
+            choice = call * per_matrix * big.matrices + sum_seconds(gpus, sent * big.matrices)
             neurons = (1 + big.blocks) * call + sum_seconds(gpus, 4 * big.neurons * big.blocks)
             lines.append(
                 f"| {big.name} | {gpus} | {held / 1e9:.2f} | {held / gpus / 1e9:.3f} | {1e3 * call:.2f} "
-                f"| {1e3 * call * per_matrix * big.matrices:.0f} | {4 * 2**17 / 1e6:.1f} to {worst / 1e6:.0f} "
-                f"| {1e3 * neurons:.2f} |"
+                f"| {1e3 * choice:.0f} | {sent * big.matrices / 1e6:.0f} ({worst / 1e6:.0f}) | {1e3 * neurons:.2f} |"
             )
     return "\n".join(lines)

@@ -65,7 +65,7 @@ def train(
     """Plain steps and steps with pruning in turn, on one model; no mask is due in those that are timed."""
     model = make_llama(shape, device).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(1, 500, (batch, tokens), device=device)
     labels = torch.arange(batch, device=device) % 3
