@@ -85,7 +85,8 @@ class Instructions(Classification):
         splits = {
             name: rewritten(rows, complete if name == "train" else choose) for name, rows in examples.splits.items()
         }
-        return InstructionExamples(splits, ["completion"], examples.source, examples.facts, choices)
+        facts = examples.facts | {"template": self._asked}
+        return InstructionExamples(splits, ["completion"], examples.source, facts, choices)
 
     def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
         """It writes prompts as they were learned, and can pad."""
