@@ -53,13 +53,13 @@ def logits_of(
             afterwards.
         rows: tokenized; the columns that the collator takes.
         collator: makes a batch of rows.
-        batch_size: rows at a time, fewer where the collator says how many ``sequences`` there may be; rows of like length lie
-            together.
+        batch_size: rows at a time, fewer where the collator tells how many sequences may run ``at_once``; rows of like length
+            lie together.
     """
     by_length = sorted(range(len(rows)), key=lambda row: length(rows[row]["input_ids"]))
-    most = getattr(collator, "sequences", None)
-    size = batch_size if most is None else max(1, most // _sequences(rows[0]["input_ids"]))
-    loader = DataLoader(rows.select(by_length), batch_size=size, collate_fn=collator)
+    if (most := getattr(collator, "at_once", None)) is not None:
+        batch_size = min(batch_size, max(1, most // _sequences(rows[0]["input_ids"])))
+    loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
     found = []
     with _evaluating(model) as device:
         for batch in tqdm(loader, desc="predict", leave=False, disable=None):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 
 from finllm_prune.checkpoints import verify
 from finllm_prune.errors import InputError
+from finllm_prune.export import export_delta
 from finllm_prune.families import find_family
 from finllm_prune.inference import answer, logits_of
 from finllm_prune.pruning import Cubic, Neuron, Pruner, Rule, Taylor
@@ -154,6 +155,9 @@ def test_a_row_is_judged_by_the_likelihood_of_its_completion(tmp_path: Path) -> 
     other = answers.copy()
     other[:, 3] += 1
     assert judge.same(answers, other).tolist() == pytest.approx((1 - 1 / answers[:, 1]).tolist())
+    other[:, 3:][other[:, 3:] >= 0] = 7
+    assert judge.collapsed(other)
+    assert not judge.collapsed(answers)
 
 
 def trainer(folder: Path, data: Path, **changes: Any) -> PruningTrainer:
@@ -187,7 +191,7 @@ def test_all_tokens_of_a_step_count_alike_in_however_many_batches(tmp_path: Path
     shapes.append({"per_device_train_batch_size": 4, "packing": True})
     ends = []
     for number, shape in enumerate(shapes):
-        fixed = {"max_steps": 2, "save_steps": 9, "optim": "sgd", "hidden": 0.0}  # hidden states count by texts
+        fixed = {"max_steps": 1, "save_steps": 9, "optim": "sgd", "hidden": 0.0}  # hidden states count by texts
         trained = trainer(tmp_path / str(number), write(tmp_path / "data"), **fixed, **shape)
         trained.train()
         ends.append(weights(trained))
@@ -276,6 +280,8 @@ def test_a_run_on_qwen3_is_proved_and_writes_with_plain_transformers(
     assert written[0]["generated_text"][-1]["role"] == "assistant"
     figures_again, _ = evaluate_saved(str(out / "compact"))
     assert figures_again["perplexity"]["value"] == pytest.approx(figures["perplexity"]["pruned"], rel=1e-5)
+    _, counts = export_delta(str(base), out, tmp_path / "delta")
+    assert sum(counts.values()) == len(list(compact.parameters())), "what is tied lies there once"
     card = (out / "README.md").read_text()
     assert 'pipeline("text-generation", model="out/ragged-remote")' in card
 

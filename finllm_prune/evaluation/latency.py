@@ -119,6 +119,7 @@ def on_cpu(model: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(model, PreTrainedModel):
         return model
     own = copy.deepcopy(model).cpu().float().eval()
+    own.config.use_cache = False  # which the Trainer turns off in what it trained
     return partial(own, logits_to_keep=1) if own.can_generate() else own
 
 

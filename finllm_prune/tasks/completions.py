@@ -155,7 +155,7 @@ class CompletionCollator:
             transformers' masks keep them apart.
     """
 
-    sequences = _SEQUENCES
+    at_once = _SEQUENCES
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, packing: bool = False):
         self.padding = tokenizer.pad_token_id
