@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, pipeline
@@ -14,6 +15,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.export import export_delta
 from finllm_prune.families import find_family
 from finllm_prune.inference import answer, logits_of
+from finllm_prune.judges import CompletionJudge
 from finllm_prune.pruning import Cubic, Neuron, Pruner, Rule, Taylor
 from finllm_prune.recipe import parse
 from finllm_prune.run import run
@@ -138,6 +140,7 @@ def test_a_row_is_judged_by_the_likelihood_of_its_completion(tmp_path: Path) -> 
     examples = task.load()
     found = logits_of(model, task.tokenize(examples.splits["test"], tokenizer), task.collator(tokenizer))
     judge = task.judge(examples)
+    assert isinstance(judge, CompletionJudge)
     answers = judge.answers(found)
     total, count, right = 0.0, 0, 0
     for row, likelihood in zip(tokens(tmp_path), found[:, 0], strict=True):
@@ -150,6 +153,9 @@ def test_a_row_is_judged_by_the_likelihood_of_its_completion(tmp_path: Path) -> 
         total, count = total + float(out.loss) * learned, count + learned
     assert judge.value("perplexity", answers) == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
     assert judge.value("token_accuracy", answers) == right / count
+    draws = np.array([[0, 0, 3, 2], [1, 2, 2, 1]])
+    each = [judge.value("perplexity", answers, units) for units in draws]
+    assert judge.values("perplexity", answers, draws).tolist() == each
     assert judge.same(answers, answers).tolist() == [1.0] * 4
     assert judge.paired_test(answers, answers)[1] == 1.0
     other = answers.copy()

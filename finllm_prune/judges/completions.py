@@ -42,8 +42,15 @@ class CompletionJudge:
         return answers
 
     def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
-        likelihood, tokens, right = (answers if units is None else answers[units])[:, :3].sum(0)
-        return float(np.exp(min(-likelihood / tokens, _LARGEST)) if metric == "perplexity" else right / tokens)
+        return float(self.values(metric, answers, np.arange(self.rows) if units is None else units))
+
+    def values(self, metric: str, answers: Answers, draws: Indices) -> NDArray[np.float64]:
+        """Of each of several draws of units, shape (draws, units in it)."""
+        likelihood, tokens, right = (answers[:, column][draws].sum(-1) for column in range(3))
+        values: NDArray[np.float64] = right / tokens
+        if metric == "perplexity":
+            values = np.exp(np.minimum(-likelihood / tokens, _LARGEST))
+        return values
 
     def worth(self, answers: Answers) -> NDArray[np.float64]:
         worth: NDArray[np.float64] = answers[:, 0] / answers[:, 1]
