@@ -118,6 +118,8 @@ def test_a_recipe_trains_to_a_complete_output(
         sizes = [math.prod(layer["shape"]) for layer in layers]
         kept = sum(layer["density"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
         assert 1 - kept == pytest.approx(rule.sparsity, abs=0.02)
+    if writes:  # the card asks as the model was asked
+        assert json.dumps(recipe.task.template) in (recipe.output / "README.md").read_text()
     for name in recipe.export:
         assert verify(recipe.output / name)["format"] == name
         saved = head.from_pretrained(recipe.output / name)

@@ -42,6 +42,7 @@ def write_card(report: Report, folder: Path, exported: list[str]) -> None:
         distillation=run["recipe"]["distillation"],
         recovery=run["recipe"]["recovery"],
         recorded=run["recipe"]["recording"] is not None,
+        template=run["data"].get("template"),  # as JSON in a line of code, which makes it inert and keeps it as it is
         chats=(folder / "dense" / "chat_template.jinja").is_file(),
         exported=exported,
         served=[name for name in exported if name in SERVED],
