@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from finllm_prune.checkpoints import delta, exported_in, find_format, verify
 from finllm_prune.checkpoints.manifest import MANIFEST, REPORT
 from finllm_prune.errors import InputError, one_line
+from finllm_prune.families import auto_class
 from finllm_prune.hub.base_model import locate
 from finllm_prune.loading import load_tokenizer, without_load_report
 from finllm_prune.staging import recover, staged
@@ -88,14 +89,13 @@ def _source(model: Path) -> Path:
 
 
 def _load(location: str | Path, *, whole: bool = True) -> PreTrainedModel:
-    """A classifier whose weights are all there, proved again where it can be; a base may lack the head (not ``whole``)."""
+    """A finished model whose weights are all there, proved again where it can be; a base may lack the head (not ``whole``)."""
     if (Path(location) / MANIFEST).is_file():
         verify(Path(location))
     try:
         with without_load_report():
-            model, told = AutoModelForSequenceClassification.from_pretrained(
-                location, output_loading_info=True, trust_remote_code=False
-            )
+            kind = auto_class(AutoConfig.from_pretrained(location, trust_remote_code=False))
+            model, told = kind.from_pretrained(location, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # transformers trips over a damaged file in many ways
         raise InputError(f"{location}: its weights cannot be loaded: {one_line(error)}") from error
     head = set() if whole else delta.head_names(model)

@@ -29,11 +29,14 @@ def answer(
 
     Args:
         model: anything that is called like one.
-        batch: what the model takes, and ``parts`` (rows,), the sequences of each row, where rows are several.
+        batch: what the model takes, and ``parts``, where rows are not what the model gives logits for: the sequences of each
+            row, shape (rows,), or which token comes next where it is to be learned (``tasks.completions``).
         gather: puts the logits (sequences, outputs) of such a batch together, one for each row.
         options: for the model, as ``output_hidden_states``.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", PARTS)}
+    if "logits_to_keep" in inputs:  # of a language model, whose cache is of use only where it writes
+        options["use_cache"] = False
     outputs: ModelOutput = model(**inputs, **options)
     if PARTS in batch and gather is not None:
         outputs["logits"] = gather(outputs["logits"], batch[PARTS])
@@ -50,9 +53,12 @@ def logits_of(
             afterwards.
         rows: tokenized; the columns that the collator takes.
         collator: makes a batch of rows.
-        batch_size: rows at a time; rows of like length lie together.
+        batch_size: rows at a time, fewer where the collator tells how many sequences may run ``at_once``; rows of like length
+            lie together.
     """
     by_length = sorted(range(len(rows)), key=lambda row: length(rows[row]["input_ids"]))
+    if (most := getattr(collator, "at_once", None)) is not None:
+        batch_size = min(batch_size, max(1, most // _sequences(rows[0]["input_ids"])))
     loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
     found = []
     with _evaluating(model) as device:
@@ -66,6 +72,10 @@ def logits_of(
 def length(ids: list[Any]) -> int:
     """Tokens of a row, over all its sequences."""
     return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+
+
+def _sequences(ids: list[Any]) -> int:
+    return len(ids) if ids and isinstance(ids[0], list) else 1
 
 
 @contextmanager

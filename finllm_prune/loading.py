@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError, one_line
+from finllm_prune.families import is_causal
 from finllm_prune.tasks import Task
 
 _TOKENIZER_FILES = (
@@ -80,8 +81,7 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
         OtherLabels: they are other classes, and ``must_match`` names a checkpoint that has to know them.
     """
     own = [name.lower() for name in class_names(config)]
-    causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-    if len(labels) == 1 and (len(own) == 1 or causal):
+    if len(labels) == 1 and (len(own) == 1 or is_causal(config)):
         return labels  # one output means the same whatever it is called
     by_name = {label.lower(): label for label in labels}
     if sorted(own) == sorted(by_name):

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from finllm_prune.checkpoints import SERVED, find_engine
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Engine, Target, on_cpu, price, refuse_one_unit
-from finllm_prune.families import Architecture, Family, find_architecture
+from finllm_prune.families import Architecture, Family, find_architecture, is_causal
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
 from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
@@ -233,6 +233,10 @@ def _check_fit(recipe: Recipe, architecture: Architecture, config: PreTrainedCon
             f"distillation.logits: {recipe.distillation.logits} compares {what}, which the outputs for this task are not; "
             "use auto"
         )
+    if recipe.distillation is not None and recipe.distillation.cache and recipe.task.pipeline_tag == "text-generation":
+        raise InputError(
+            "distillation.cache: what a language model says at each token is too much to keep on disk; set cache: false"
+        )
     if recipe.distillation is not None and recipe.distillation.compares_layers and architecture.depth_of(config) == 0:
         raise InputError(
             f"distillation.hidden: the hidden states of {config.model_type} models are not known; set distillation.hidden: 0 "
@@ -275,6 +279,8 @@ def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
             raise InputError(
                 f"{key}: {name} is made of models with a family, and {model.config.model_type} has none; {remedy}"
             )
+        if recipe.task.pipeline_tag == "text-generation":
+            raise InputError(f"{key}: {name} serves classifiers and rerankers, not a model that writes; {remedy}")
         if model.num_parameters() * 4 > GRAPH_BYTES:
             raise InputError(
                 f"{key}: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in "
@@ -310,7 +316,8 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
     key, name = "distillation.teacher", recipe.distillation.teacher
     location, _ = locate(name, key)
     config = load_config(location, key)
-    if (known := class_names(config)) != examples.labels and max(len(known), len(examples.labels)) > 1:
+    known, speaks = class_names(config), is_causal(config) and len(examples.labels) == 1
+    if not speaks and known != examples.labels and max(len(known), len(examples.labels)) > 1:
         raise InputError(
             f"{key}: {name} predicts {', '.join(known)}, not {', '.join(examples.labels)} in this order; "
             "name a teacher that was fine-tuned on the same labels"

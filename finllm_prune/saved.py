@@ -56,7 +56,9 @@ class Saved:
         """Shape (rows, labels), the labels in the order of the data."""
         tokens = self.task.tokenize(rows, self.tokenizer)
         own = logits_of(self.model, tokens, self.task.collator(self.tokenizer))
-        return own[:, [self.labels.index(label) for label in self.examples.labels]]
+        # What one output means, or a language model said, has no order.
+        same = len(self.labels) == 1
+        return own if same else own[:, [self.labels.index(label) for label in self.examples.labels]]
 
     def fingerprint(self) -> list[Any]:
         """What its answers depend on beside the rows: the files of its folder or its commit on the Hub, task and labels."""
@@ -118,7 +120,7 @@ def ask(model: str, texts: Sequence[str]) -> Tensor:
     """
     location, _ = locate(model, served=True)
     recipe = _beside(location)
-    if recipe is None or not isinstance(recipe.task, Classification):
+    if recipe is None or not isinstance(recipe.task, Classification) or recipe.task.pipeline_tag == "text-generation":
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
     task = recipe.task
     rows = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": [0] * len(texts)})

@@ -111,7 +111,11 @@ WRONG_TYPES = [
     ("output", 7, "output: input should be a valid string, not 7"),
 ]
 WRONG_VALUES = [
-    ("task.name", "sentimant", "task.name: unknown task 'sentimant'; known: filings, reranking, sentiment"),
+    (
+        "task.name",
+        "sentimant",
+        "task.name: unknown task 'sentimant'; known: filings, instructions, reranking, sentiment",
+    ),
     ("pruning.schedule.name", "cubical", "pruning.schedule: unknown name 'cubical'; did you mean 'cubic'?"),
     (f"{RULE}.structure", "neurons", f"{RULE}.structure: unknown name 'neurons'; did you mean 'neuron'?"),
     (f"{RULE}.criterion", "movment", f"{RULE}.criterion: unknown name 'movment'; did you mean 'movement'?"),

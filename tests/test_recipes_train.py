@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from finllm_prune.checkpoints import SERVED, verify
 from finllm_prune.recipe import Recipe
@@ -23,6 +23,7 @@ RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.par
 MODEL_TYPES = {
     "BAAI/bge-reranker-base": "xlm-roberta",
     "ProsusAI/finbert": "bert",
+    "Qwen/Qwen3-0.6B": "qwen3",
     "Qwen/Qwen3-Reranker-0.6B": "qwen3",
     "answerdotai/ModernBERT-base": "modernbert",
     "cross-encoder/ms-marco-MiniLM-L6-v2": "bert",
@@ -78,7 +79,12 @@ def test_a_recipe_trains_to_a_complete_output(
     written = Recipe.load(path)
     labels = labels_of(written.task)
     known = labels if written.dense.checkpoint is not None else LABELS
-    model = tiny_folder(MODEL_TYPES[written.model.name], hidden=64, labels=known)
+    writes = written.task.pipeline_tag == "text-generation"
+    groups = {"num_key_value_heads": 4} if writes else {}  # of which a quarter can be cut
+    model = tiny_folder(MODEL_TYPES[written.model.name], hidden=64, labels=known, **groups)
+    head = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
+    if writes:
+        head.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
     overrides = [
         f"model.name={model}", f"task.dataset={write_for(written.task, tmp_path / 'data')}", f"output={tmp_path / 'out'}",
         "gates={}", "training.max_steps=2", "dense.training.max_steps=2", "training.use_cpu=true",
@@ -122,9 +128,11 @@ def test_a_recipe_trains_to_a_complete_output(
         sizes = [math.prod(layer["shape"]) for layer in layers]
         kept = sum(layer["density"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
         assert 1 - kept == pytest.approx(rule.sparsity, abs=0.02)
+    if writes:  # the card asks as the model was asked
+        assert json.dumps(recipe.task.template) in (recipe.output / "README.md").read_text()
     for name in recipe.export:
         assert verify(recipe.output / name)["format"] == name
-        saved = AutoModelForSequenceClassification.from_pretrained(recipe.output / name)
-        assert list(saved.config.id2label.values()) == labels
+        saved = head.from_pretrained(recipe.output / name)
+        assert writes or list(saved.config.id2label.values()) == labels
     if "compact" in recipe.export:
         assert figures["bytes"]["compact"] < figures["bytes"]["dense"]

@@ -246,7 +246,9 @@ def test_a_length_that_holds_no_text(length: int) -> None:
 
 
 def test_an_unknown_task_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"^task\.name: unknown task 'ner'; known: filings, reranking, sentiment$"):
+    with pytest.raises(
+        InputError, match=r"^task\.name: unknown task 'ner'; known: filings, instructions, reranking, sentiment$"
+    ):
         find_task("ner")
     assert find_task("sentiment") is Sentiment
 

@@ -41,6 +41,7 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
             for name, cut in keep(model, family, part, block, kept).items():
                 state[name] = cut.take(state[name])
     smaller: PreTrainedModel = type(model)(config)
+    _same_words(model, smaller)
     nn.Module.to(smaller, dtype=model.dtype)
     smaller.load_state_dict(state)
     nn.Module.to(smaller, device=model.device)
@@ -56,6 +57,7 @@ def evened(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     even: PreTrainedModel = type(model)(config)
+    _same_words(model, even)
     nn.Module.to(even, dtype=model.dtype)
     cuts: dict[str, Cut] = {}
     for block in range(len(family.layers(model))):
@@ -69,6 +71,12 @@ def evened(model: PreTrainedModel) -> PreTrainedModel:
     nn.Module.to(even, device=model.device)
     even.train(model.training)
     return even
+
+
+def _same_words(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """A language model that was built anew says and ends its texts as the old one."""
+    if model.can_generate():
+        other.generation_config = model.generation_config
 
 
 def without_idle_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:

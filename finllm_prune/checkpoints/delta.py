@@ -54,8 +54,11 @@ def write(base: PreTrainedModel, model: PreTrainedModel, folder: Path) -> dict[s
     _refuse_unlike(base, model)
     ours, head = base.state_dict(), head_names(model)
     stored: dict[str, Tensor] = {}
-    counts = {"equal": 0, "zeros": 0, "values": 0}
+    counts, seen = {"equal": 0, "zeros": 0, "values": 0}, set()
     for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:
+            continue  # a head that is tied to the embeddings, as in the base
+        seen.add(tensor.data_ptr())
         parts = {"values": tensor} if name in head else _difference(ours[name].cpu(), tensor.cpu())
         counts["values" if "values" in parts else "zeros" if parts else "equal"] += 1
         stored |= {f"{name}.{kind}": part.cpu().contiguous() for kind, part in parts.items()}

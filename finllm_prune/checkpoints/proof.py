@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints.formats import FORMATS, SERVED, find_format, serve
 from finllm_prune.checkpoints.manifest import DELTA, damaged, read_manifest, write_manifest
 from finllm_prune.errors import ProofError, one_line
-from finllm_prune.families import find_architecture
+from finllm_prune.families import auto_class, find_architecture
 from finllm_prune.staging import staged
 
 TOLERANCE = 1e-5
 # Of 64 rows, so many may tip over on another processor.
 AGREEMENT_SLACK = 2 / 64
+_TOKENS = 64  # of the vocabulary, whose logits a proof looks at
 
 
 def save_proved(
@@ -116,7 +117,10 @@ def probe_of(model: PreTrainedModel, rows: int = 4, tokens: int = 16) -> dict[st
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """What a model, or what serves one in its place, makes of the inputs, as fp32 on the CPU, shape (rows, classes)."""
+    """What a model, or what serves one in its place, makes of the inputs, as fp32 on the CPU, shape (rows, classes).
+
+    Of a language model: (rows, tokens, some), evenly spaced over its vocabulary, as all of them would make a huge manifest.
+    """
     if not isinstance(model, PreTrainedModel):
         served: Tensor = model(**inputs).logits
         return served
@@ -124,7 +128,7 @@ def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Ten
     model.eval()
     logits: Tensor = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.float().cpu()
     model.train(was_training)
-    return logits
+    return logits if logits.ndim == 2 else logits[..., :: -(-logits.shape[-1] // _TOKENS)]
 
 
 def agreement(got: Tensor, expected: Tensor) -> float:
@@ -133,7 +137,8 @@ def agreement(got: Tensor, expected: Tensor) -> float:
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
+    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    model: PreTrainedModel = kind.from_pretrained(folder, trust_remote_code=False)
     return model
 
 

@@ -59,12 +59,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def _write(smaller: PreTrainedModel, model: PreTrainedModel, folder: Path) -> None:
     write(smaller, folder)
-    plain = type(smaller).__name__
+    plain, head = type(smaller).__name__, "CausalLM" if smaller.can_generate() else "SequenceClassification"
     source = _SOURCE.format(plain=plain, narrowed=NARROWED, lure=REMOTE_LURE, weights=WEIGHTS)
     (folder / CODE).write_text(source)
     config = json.loads((folder / "config.json").read_text())
     config |= {
-        "auto_map": {"AutoModelForSequenceClassification": f"{Path(CODE).stem}.Ragged{plain}"},
+        "auto_map": {f"AutoModelFor{head}": f"{Path(CODE).stem}.Ragged{plain}"},
         "transformers_weights": REMOTE_LURE,
         NARROWED: _narrowed(smaller, find_family(model.config.model_type)),
     }

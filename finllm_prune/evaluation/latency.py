@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,15 @@ def token_ids(vocabulary: int, batch: int, tokens: int) -> dict[str, Tensor]:
 
 
 def on_cpu(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a PyTorch model on the CPU in fp32; any other engine as it is."""
-    return copy.deepcopy(model).cpu().float().eval() if isinstance(model, PreTrainedModel) else model
+    """A copy of a PyTorch model on the CPU in fp32; any other engine as it is.
+
+    A language model reads a prompt and tells the next token; what it would say after each token of the prompt nobody asks.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return model
+    own = copy.deepcopy(model).cpu().float().eval()
+    own.config.use_cache = False  # which the Trainer turns off in what it trained
+    return partial(own, logits_to_keep=1) if own.can_generate() else own
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from finllm_prune.families.architecture import Architecture
 from finllm_prune.families.family import Family, Part, find_architecture, find_family
+from finllm_prune.families.heads import auto_class, is_causal
 from finllm_prune.families.shrinking import (
     Cut,
     alive,
@@ -16,6 +17,6 @@ from finllm_prune.families.shrinking import (
 
 __all__ = [
     "Architecture", "Cut", "Family", "Part",
-    "alive", "cut_in_place", "expand", "find_architecture", "find_family", "keep", "narrow", "shrink", "tell_heads",
-    "without_effect",
+    "alive", "auto_class", "cut_in_place", "expand", "find_architecture", "find_family", "is_causal", "keep", "narrow",
+    "shrink", "tell_heads", "without_effect",
 ]  # fmt: skip

@@ -78,7 +78,8 @@ def write_card(
         figures: of ``Report.to_dict``.
         said: after the run, which goes before what the recipe says.
     """
-    card = _card(figures, folder.name.removesuffix(".partial"), exported, said or {})
+    chats = (folder / "dense" / "chat_template.jinja").is_file()
+    card = _card(figures, folder.name.removesuffix(".partial"), exported, said or {}, chats)
     for name in exported:
         if not (folder / name / "recipe.yaml").exists():
             shutil.copy(folder / "recipe.yaml", folder / name / "recipe.yaml")
@@ -103,7 +104,7 @@ def _check(said: dict[str, Any]) -> None:
     refuse_unknown(model, ["license"], "model")
 
 
-def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: dict[str, Any]) -> str:
+def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: dict[str, Any], chats: bool) -> str:
     recipe, base = figures["recipe"], figures["base_model"]
     people = asdict(Governance()) | recipe.get("governance", {}) | said.get("governance", {})
     declared = said.get("model", {}).get("license") or figures["license"]
@@ -134,6 +135,8 @@ def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: di
         distillation=recipe["distillation"],
         recovery=recipe["recovery"],
         recorded=recipe["recording"] is not None,
+        template=figures["data"].get("template"),  # as JSON in a line of code, which makes it inert and keeps it as it is
+        chats=chats,
         exported=exported,
         served=[name for name in exported if name in SERVED],
         plugged=[name for name in exported if name in PLUGGED],

@@ -224,7 +224,8 @@ def hub_card(card: str, repo_id: str, places: dict[str, str], failed: str | None
     for name, place in places.items():
         if not place and title is not None:
             text = text.replace(f'"{title[1]}/{name}"', f'"{repo_id}"')
-    lines = [_where(repo_id, name, place) for name, place in places.items()]
+    kind = "CausalLM" if "pipeline_tag: text-generation" in head else "SequenceClassification"
+    lines = [_where(repo_id, name, place, kind) for name, place in places.items()]
     where = "## In this repository\n\n" + "\n".join(lines) + "\n\n"
     begin = re.search(r"^## ", text, re.MULTILINE)
     at = begin.start() if begin else len(text)
@@ -241,12 +242,12 @@ def _divided(card: str) -> tuple[str, str]:
     return ("", card) if end < 0 else (card[: end + 5] + "\n", card[end + 5 :])
 
 
-def _where(repo_id: str, name: str, place: str) -> str:
+def _where(repo_id: str, name: str, place: str, kind: str) -> str:
     first = "after `import finllm_prune`, " if name in PLUGGED else ""
     if name in SERVED:
         return f"- {name}: `{place or '.'}/model.onnx`, for onnxruntime"
     more = f', subfolder="{place}"' if place else ""
-    return f'- {name}: {first}`AutoModelForSequenceClassification.from_pretrained("{repo_id}"{more})`'
+    return f'- {name}: {first}`AutoModelFor{kind}.from_pretrained("{repo_id}"{more})`'
 
 
 def _without_paths(value: Any) -> Any:

@@ -49,8 +49,8 @@ class Judge(Protocol):
         """(units,): of each answer alone, the more the better."""
         ...
 
-    def same(self, one: Answers, other: Answers) -> NDArray[np.bool_]:
-        """(units,): whether two models decided alike."""
+    def same(self, one: Answers, other: Answers) -> NDArray[np.bool_] | NDArray[np.float64]:
+        """(units,): whether two models decided alike, or in which part of what a unit consists of."""
         ...
 
     def paired_test(self, dense: Answers, pruned: Answers) -> tuple[str, float]:

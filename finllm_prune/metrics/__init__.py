@@ -7,7 +7,7 @@ from typing import Any
 from finllm_prune.errors import InputError
 
 Metric = Callable[[Any, Any], float]
-ERRORS = ("mse", "mae")  # the less the better
+ERRORS = ("mse", "mae", "perplexity")  # the less the better
 
 
 def find_metric(name: str) -> Metric:

@@ -101,7 +101,7 @@ class Classification:
 
     def load(self) -> Examples:
         left_out: dict[str, list[int]] | None = {} if self.bad_rows == "skip" else None
-        raw, source = read_splits(self.dataset, self.builtin, left_out, self.config, self.revision)
+        raw, source = self._raw(left_out)
         if self.split is None and ("train" not in raw or "test" not in raw):
             raise InputError(
                 f"task.dataset: {source} needs the splits train and test; it has {', '.join(raw)}; add them, or set task.split"
@@ -198,6 +198,10 @@ class Classification:
     def read_text(self, text: str) -> str:
         """What of a text is there to be learned from."""
         return text
+
+    def _raw(self, left_out: dict[str, list[int]] | None) -> tuple[datasets.DatasetDict, str]:
+        """The rows as they come, and their source in words; see ``read_splits``."""
+        return read_splits(self.dataset, self.builtin, left_out, self.config, self.revision)
 
     @property
     def _label_column(self) -> LabelColumn:

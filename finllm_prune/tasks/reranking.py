@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DataCollator, PreTrainedConfig, PreTrainedTokenizerBase
 
 from finllm_prune.errors import InputError
+from finllm_prune.families import is_causal
 from finllm_prune.judges import RankingJudge
 from finllm_prune.judges.rankings import MEASURES
 from finllm_prune.tasks.beir import Pools, Retrieval, read_beir
@@ -29,7 +30,7 @@ from finllm_prune.tasks.ranking_rows import (
 from finllm_prune.tasks.rows import Choice
 from finllm_prune.tasks.splitting import leakage, without_copies
 from finllm_prune.tasks.task import BUILTIN, Examples, Loss
-from finllm_prune.tasks.yes_no import OneOutput, Prompt, asked, asks_pairs, is_causal
+from finllm_prune.tasks.yes_no import OneOutput, Prompt, asked, asks_pairs
 
 _NO_PASSAGE = -100  # the label that fills a short list up
 

@@ -16,12 +16,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from finllm_prune.errors import InputError
+from finllm_prune.families import is_causal
 
 _QWEN3 = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
@@ -94,11 +94,6 @@ def asked(tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list
         ids if len(ids) <= limit else ids[: limit - tail] + ids[len(ids) - tail :]
         for ids in whole(list(zip(queries, passages, strict=True)))
     ]
-
-
-def is_causal(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint is a language model with its head, and no classifier."""
-    return any(name.endswith("ForCausalLM") for name in config.architectures or ())
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,8 @@ class Teacher:
                 of (batch, tokens, width), embeddings first) if ``settings.compares_layers``.
             inputs: the batch, on the student's device, labels included. If it carries ``teacher_logits`` (batch,
                 classes), they stand for the teacher, which does not run.
-            gather: what made the student's logits of those of several sequences a row.
+            gather: what made the student's logits of those of several sequences a row, or of each token; of a language model's
+                completions the rows of both models' logits are tokens.
         """
         settings, logits = self.settings, outputs["logits"]
         self.to(logits.device)
@@ -130,9 +131,7 @@ class Teacher:
         distance = self._distance(logits, target["logits"], inputs.get("labels"))
         loss: Tensor = settings.alpha * distance + (1.0 - settings.alpha) * outputs["loss"]
         if settings.compares_layers:
-            loss = loss + self._layers(
-                outputs["hidden_states"][1:], target["hidden_states"][1:], inputs["attention_mask"]
-            )
+            loss = loss + self._layers(outputs["hidden_states"][1:], target["hidden_states"][1:], _mask(inputs))
         return loss
 
     def _distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -182,3 +181,8 @@ class Teacher:
 
     def _project(self, states: Tensor) -> Tensor:
         return states if self.projection is None else self.projection(states)
+
+
+def _mask(inputs: dict[str, Tensor]) -> Tensor:
+    """The real tokens; packed sequences have no others."""
+    return inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"])

@@ -65,7 +65,9 @@ class PruningTrainer(Trainer):
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
         # number of accumulation steps and of ranks (huggingface/transformers#47688).
-        unwrap_peft_model(model).accepts_loss_kwargs = False
+        # A task's loss of a language model is scaled below as transformers scales the model's own.
+        plain = unwrap_peft_model(model)
+        plain.accepts_loss_kwargs = task_loss is not None and getattr(plain, "loss_type", None) == "ForCausalLM"
         if asks_for_fsdp(args):
             _wrap_blocks(model)
         super().__init__(model, args, **kwargs)
@@ -121,6 +123,11 @@ class PruningTrainer(Trainer):
             loss = self.task_loss(outputs["logits"], inputs["labels"])
         if teacher is not None:
             loss = teacher.loss({**outputs, "loss": loss}, inputs, gather)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None and model.training:
+            assert loss is not None
+            # All tokens that a step learns from count alike, in whatever batches and on whatever ranks they lie.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * (len(outputs["logits"]) * ranks / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def go_on(self) -> None:
@@ -192,9 +199,9 @@ class PruningTrainer(Trainer):
         return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Cached logits of the teacher reach the batch, though they are no argument of the model."""
+        """Kept logits of the teacher and what a collator gathers by reach the batch, though no model takes them."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, TEACHER_LOGITS]  # type: ignore[assignment,misc]
+        self._signature_columns = [*self._signature_columns, TEACHER_LOGITS, PARTS]  # type: ignore[assignment,misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """``train_sampling_strategy: group_by_length`` with the batches of an epoch in random order."""
