@@ -99,3 +99,13 @@ def holm(p: Sequence[float]) -> list[float]:
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)))
     return [float(value) for value in corrected]
+
+
+def points(margin: float) -> str:
+    """A margin in words."""
+    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
+
+
+def p_value(p: float) -> str:
+    """Three digits, or that it is less."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

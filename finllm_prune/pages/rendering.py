@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 
+from finllm_prune.evaluation.non_inferiority import p_value, points
 from finllm_prune.pages import wording
 
 _HOME = Path(__file__).parent
@@ -23,8 +24,8 @@ def _environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "points": wording.points,
-        "p": wording.p_value,
+        "points": points,
+        "p": p_value,
         "signed": wording.signed,
         "change": wording.change,
         "percent": wording.percent,

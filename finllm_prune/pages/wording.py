@@ -4,16 +4,6 @@ from finllm_prune.evaluation.report import TITLES
 from finllm_prune.metrics import ERRORS
 
 
-def points(margin: float) -> str:
-    """A margin in words."""
-    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
-
-
-def p_value(p: float) -> str:
-    """Three digits, or that it is less."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def signed(value: float) -> str:
     """A difference in points, with its sign."""
     return _minus(f"{100 * value:+.1f}")

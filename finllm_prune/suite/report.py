@@ -9,9 +9,8 @@ import numpy as np
 
 from finllm_prune.evaluation import GATES, Latency, Quality
 from finllm_prune.evaluation.calibration import Calibration
-from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm
+from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm, p_value, points
 from finllm_prune.evaluation.perturbations import PERTURBATIONS
-from finllm_prune.pages.wording import p_value, points
 
 
 @dataclass(frozen=True)

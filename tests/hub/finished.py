@@ -47,7 +47,7 @@ def write_output(
     report(folder, True)
     (folder / "recorder.parquet").write_bytes(b"PAR1")
     for name in ("report.html", "flips.json"):
-        (folder / name).write_text(f'["{QUOTED}"]')
+        (folder / name).write_text(f'[{{"text": "{QUOTED}"}}]')
     model.save_pretrained(folder / "dense")
     for name in formats:
         shutil.copytree(folder / "plots", folder / name / "plots")
