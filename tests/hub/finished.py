@@ -50,7 +50,7 @@ def write_output(
     (folder / "runs" / "prune" / "events.out.tfevents.1").write_bytes(b"logged")
     (folder / "governance.yaml").write_text("governance: {owner: Model Risk}\n")
     for name in ("report.html", "flips.json"):
-        (folder / name).write_text(f'["{QUOTED}"]')
+        (folder / name).write_text(f'[{{"text": "{QUOTED}"}}]')
     model.save_pretrained(folder / "dense")
     for name in formats:
         shutil.copytree(folder / "plots", folder / name / "plots")
