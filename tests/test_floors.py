@@ -19,7 +19,7 @@ FLOORS = [
     {"prepare"},
     {"provenance"},
     {"conclusion"},
-    {"run", "saved", "export", "plan", "trim"},
+    {"run", "saved", "export", "plan", "trim", "oneshot"},
     {"suite", "comparison"},
     {"cli"},
 ]

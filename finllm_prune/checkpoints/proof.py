@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from finllm_prune.checkpoints.formats import FORMATS, SERVED, find_format, serve
 from finllm_prune.checkpoints.manifest import DELTA, damaged, read_manifest, write_manifest
@@ -30,7 +36,7 @@ def save_proved(
         more: what else the manifest records.
 
     Raises:
-        ProofError: the logits differ from the model's in memory by more than 1e-5, or zeros are missing; then no folder
+        ProofError: the logits differ from the model's in memory by more than ``tolerance_of`` admits, or zeros are missing; then no folder
             is left behind.
     """
     with staged(folder) as partial:
@@ -38,13 +44,13 @@ def save_proved(
         tokenizer.save_pretrained(partial)
         probe = probe_of(model)
         expected = logits_of(model, probe)
-        reloaded = _load(partial)
-        compare_logits(logits_of(reloaded, probe), expected, folder, TOLERANCE)
+        reloaded, tolerance = _load(partial), tolerance_of(expected, model.dtype)
+        compare_logits(logits_of(reloaded, probe), expected, folder, tolerance)
         zeros = zero_counts(smaller)
         written = reloaded.state_dict()
         if any(not torch.equal(value.cpu(), written[name]) for name, value in smaller.state_dict().items()):
             raise ProofError(f"{folder}: the reloaded weights are not those of the saved model; nothing was kept")
-        write_manifest(partial, format_name, zeros, probe, expected, TOLERANCE, more)
+        write_manifest(partial, format_name, zeros, probe, expected, tolerance, more)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -116,7 +122,10 @@ def probe_of(model: PreTrainedModel, rows: int = 4, tokens: int = 16) -> dict[st
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """What a model, or what serves one in its place, makes of the inputs, as fp32 on the CPU, shape (rows, classes)."""
+    """What a model, or what serves one in its place, makes of the inputs, as fp32 on the CPU, shape (rows, classes).
+
+    Of a language model what ``of_last_token`` leaves.
+    """
     if not isinstance(model, PreTrainedModel):
         served: Tensor = model(**inputs).logits
         return served
@@ -124,7 +133,17 @@ def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Ten
     model.eval()
     logits: Tensor = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.float().cpu()
     model.train(was_training)
-    return logits
+    return of_last_token(logits) if logits.ndim == 3 else logits
+
+
+def of_last_token(logits: Tensor, words: int = 512) -> Tensor:
+    """(rows, tokens, vocabulary) -> (rows, about so many words, evenly spread): a manifest is to stay small."""
+    return logits[:, -1, :: -(-logits.shape[-1] // words)].clone()
+
+
+def tolerance_of(logits: Tensor, dtype: torch.dtype) -> float:
+    """How far two ways to add the same numbers up may lie apart: in half precision the steps between numbers are larger."""
+    return max(TOLERANCE, 4 * torch.finfo(dtype).eps * float(logits.abs().max()))
 
 
 def agreement(got: Tensor, expected: Tensor) -> float:
@@ -133,7 +152,10 @@ def agreement(got: Tensor, expected: Tensor) -> float:
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    model: PreTrainedModel = auto.from_pretrained(folder, trust_remote_code=False)
     return model
 
 

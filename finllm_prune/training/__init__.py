@@ -3,7 +3,7 @@
 from finllm_prune.training.batches import sample_batches
 from finllm_prune.training.distillation import Distillation, Teacher
 from finllm_prune.training.layers import uniform_layers
-from finllm_prune.training.oneshot import prune_once, refuse_no_chain
+from finllm_prune.training.oneshot import Pass, lies_in, prune_block, prune_once, record, refuse_no_chain
 from finllm_prune.training.recorder import RECORD_FILE, Recorder, Recording
 from finllm_prune.training.recovery import Recovery, Seam, SmallerCallback, hand_over, refuse_unrecoverable
 from finllm_prune.training.sensitivity import measure_sensitivity
@@ -11,7 +11,7 @@ from finllm_prune.training.teacher_logits import with_teacher_logits
 from finllm_prune.training.trainer import PruningTrainer
 
 __all__ = [
-    "RECORD_FILE", "Distillation", "PruningTrainer", "Recorder", "Recording", "Recovery", "Seam", "SmallerCallback", "Teacher",
-    "hand_over", "measure_sensitivity", "prune_once", "refuse_no_chain", "refuse_unrecoverable", "sample_batches",
-    "uniform_layers", "with_teacher_logits",
+    "RECORD_FILE", "Distillation", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery", "Seam", "SmallerCallback",
+    "Teacher", "hand_over", "lies_in", "measure_sensitivity", "prune_block", "prune_once", "record", "refuse_no_chain",
+    "refuse_unrecoverable", "sample_batches", "uniform_layers", "with_teacher_logits",
 ]  # fmt: skip
