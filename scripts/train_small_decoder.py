@@ -4,9 +4,9 @@
 
 FOLDER holds a folder of filings with a train split (.parquet, .jsonl or .csv, its texts in the column `text`), and may hold
 BEIR corpora (corpus.jsonl or corpus.jsonl.gz) in other folders. A byte-level BPE of 4,096 tokens and a Llama of 4 blocks
-(128 wide, 4 heads in 2 kv groups, 384 neurons, tied head) are trained on the train texts alone, in windows of 128 tokens, by the
-plain Trainer. The minutes are of processor time, on one thread, so that a busy machine trains the same model: a few steps are
-timed first, and what fits is the length of the training.
+(128 wide, 4 heads in 2 kv groups, 384 neurons, tied head) are trained on the train texts alone, in windows of 128 tokens, by
+the plain Trainer. The minutes are of processor time, on one thread, so that a busy machine trains the same model: a few steps
+are timed first, and what fits is the length of the training.
 """
 
 import argparse
@@ -41,8 +41,7 @@ def texts(folder: Path, most: int) -> list[str]:
     found = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         for corpus in sorted(place.glob("corpus.jsonl*")):
-            lines = gzip.open(corpus, "rt") if corpus.suffix == ".gz" else corpus.open()
-            with lines as file:
+            with gzip.open(corpus, "rt") if corpus.suffix == ".gz" else corpus.open() as file:
                 documents = [json.loads(line)["text"] for line in file]
             random.Random(0).shuffle(documents)
             while documents and most > 0:
@@ -55,6 +54,7 @@ def texts(folder: Path, most: int) -> list[str]:
 
 
 def tokenizer_for(text: list[str], size: int = 4096) -> PreTrainedTokenizerFast:
+    """Byte-level BPE."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -66,6 +66,7 @@ def tokenizer_for(text: list[str], size: int = 4096) -> PreTrainedTokenizerFast:
 
 
 def windows(text: list[str], tokenizer: PreTrainedTokenizerFast) -> datasets.Dataset:
+    """All texts, end to end, in windows of equal length."""
     ids = [t for each in tokenizer(text, verbose=False)["input_ids"] for t in [*each, tokenizer.eos_token_id]]
     starts = range(0, len(ids) - WINDOW + 1, WINDOW)
     rows = [ids[start : start + WINDOW] for start in starts]
@@ -88,6 +89,7 @@ def seconds_per_step(model: LlamaForCausalLM, steps: int = 5) -> float:
 
 
 def main() -> None:
+    """Train it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -23,6 +23,7 @@ from finllm_prune.staging import staged
 TOLERANCE = 1e-5
 # Of 64 rows, so many may tip over on another processor.
 AGREEMENT_SLACK = 2 / 64
+_TOKENS = 64  # of the vocabulary, whose logits a proof looks at
 
 
 def save_proved(
@@ -36,8 +37,8 @@ def save_proved(
         more: what else the manifest records.
 
     Raises:
-        ProofError: the logits differ from the model's in memory by more than ``tolerance_of`` admits, or zeros are missing; then no folder
-            is left behind.
+        ProofError: the logits differ from the model's in memory by more than ``tolerance_of`` allows, or zeros are missing;
+            then no folder is left behind.
     """
     with staged(folder) as partial:
         write(smaller, partial)
@@ -124,7 +125,7 @@ def probe_of(model: PreTrainedModel, rows: int = 4, tokens: int = 16) -> dict[st
 def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """What a model, or what serves one in its place, makes of the inputs, as fp32 on the CPU, shape (rows, classes).
 
-    Of a language model what ``of_last_token`` leaves.
+    Of a language model (rows, tokens, some), as all of them would make a huge manifest.
     """
     if not isinstance(model, PreTrainedModel):
         served: Tensor = model(**inputs).logits
@@ -133,12 +134,12 @@ def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Ten
     model.eval()
     logits: Tensor = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.float().cpu()
     model.train(was_training)
-    return of_last_token(logits) if logits.ndim == 3 else logits
+    return some_of(logits)
 
 
-def of_last_token(logits: Tensor, words: int = 512) -> Tensor:
-    """(rows, tokens, vocabulary) -> (rows, about so many words, evenly spread): a manifest is to stay small."""
-    return logits[:, -1, :: -(-logits.shape[-1] // words)].clone()
+def some_of(logits: Tensor) -> Tensor:
+    """Of a classifier all; of a language model (rows, tokens, some), evenly spaced over its vocabulary."""
+    return logits if logits.ndim == 2 else logits[..., :: -(-logits.shape[-1] // _TOKENS)]
 
 
 def tolerance_of(logits: Tensor, dtype: torch.dtype) -> float:

@@ -41,7 +41,9 @@ class Plan:
     def __init__(self, model: Streamed, rules: Sequence[Rule]):
         self.layers = [rule for rule in rules if rule.structure.couples == "encoder"]
         if len(self.layers) > 1 or any(rule.target != "encoder" for rule in self.layers):
-            raise InputError("pruning.rules: one rule of structure layer with target: encoder is what oneshot can carry out")
+            raise InputError(
+                "pruning.rules: one rule of structure layer with target: encoder is what oneshot can carry out"
+            )
         model.family.groups(model.model, self.layers)
         self.groups = model.family.groups(model.model, [rule for rule in rules if rule not in self.layers])
         refuse_overlap(self.groups)

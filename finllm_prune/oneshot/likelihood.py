@@ -49,7 +49,9 @@ class Asked:
         """The sum over each row's counted tokens, fp64, (rows,): ``passes`` are its batches behind the last block."""
         starts = [len(row) - count for row, count in zip(self.rows, self.last, strict=True)]
         targets = torch.tensor([token for row, start in zip(self.rows, starts, strict=True) for token in row[start:]])
-        places = [(start - 1, len(row) - 1) for row, start in zip(self.rows, starts, strict=True)]  # predict the next one
+        places = [
+            (start - 1, len(row) - 1) for row, start in zip(self.rows, starts, strict=True)
+        ]  # predict the next one
         hidden = (states[first:end] for states, (first, end) in zip(_rows(passes), places, strict=True))
         found, done = [], 0
         for logits in model.logits(_joined(hidden)):
@@ -152,7 +154,9 @@ class Labels:
                 if whole[-1:] == alone[-1:] == [tokenizer.sep_token_id]:
                     whole = whole[:-1]
                 if not 0 < same < len(whole):
-                    raise InputError(f"evaluate.labels.answers: '{answer}' is no token behind the prompt; write another")
+                    raise InputError(
+                        f"evaluate.labels.answers: '{answer}' is no token behind the prompt; write another"
+                    )
                 rows.append(whole[-self.tokens :])
                 last.append(min(len(whole) - same, len(rows[-1]) - 1))
         return Asked(rows, last, len(answers))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finllm_prune.checkpoints import FORMATS
 from finllm_prune.errors import InputError
@@ -14,7 +14,6 @@ from finllm_prune.oneshot.texts import Calibration, Windows
 from finllm_prune.pruning import (
     ONESHOT,
     STRUCTURES,
-    Activations,
     Calibrated,
     Magnitude,
     OneShot,
@@ -104,7 +103,9 @@ def parse(data: dict[str, Any]) -> OneShotRecipe:
     """A recipe from plain data; raises InputError."""
     data = mapping(data, "the recipe")
     if "task" in data or "training" in data:
-        raise InputError(f"{'task' if 'task' in data else 'training'}: oneshot trains nothing; remove the key, or use run")
+        raise InputError(
+            f"{'task' if 'task' in data else 'training'}: oneshot trains nothing; remove the key, or use run"
+        )
     refuse_unknown(data, [f.name for f in dataclasses.fields(OneShotRecipe) if f.name != "resolved"], "")
     for key in ("model", "pruning", "output"):
         if data.get(key) is None:

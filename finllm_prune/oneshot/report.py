@@ -59,7 +59,9 @@ class OneShotReport:
         """What, dense, pruned."""
         out = []
         if self.perplexity is not None:
-            cells = [f"{each.value:.2f} [{', '.join(f'{end:.2f}' for end in each.interval())}]" for each in self.perplexity]
+            cells = [
+                f"{each.value:.2f} [{', '.join(f'{end:.2f}' for end in each.interval())}]" for each in self.perplexity
+            ]
             out.append(("perplexity [95 % interval]", *cells))
             dense, pruned = self.perplexity
             ends = ", ".join(f"{end:.2f}" for end in pruned.interval(dense))
@@ -72,7 +74,9 @@ class OneShotReport:
         whole = self.bytes["dense"]
         for name, size in self.bytes.items():
             if name != "dense":
-                out.append((f"weights, {name}", f"{whole / 1e6:.1f} MB", f"{size / 1e6:.1f} MB, ratio {size / whole:.2f}"))
+                out.append(
+                    (f"weights, {name}", f"{whole / 1e6:.1f} MB", f"{size / 1e6:.1f} MB, ratio {size / whole:.2f}")
+                )
         return out
 
     @staticmethod

@@ -4,7 +4,6 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.checkpoints.manifest import write_manifest
-from finllm_prune.checkpoints.proof import compare_logits, of_last_token, probe_of, tolerance_of
+from finllm_prune.checkpoints.proof import compare_logits, probe_of, some_of, tolerance_of
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.evaluation import compare, weight_bytes
 from finllm_prune.hub.base_model import locate
@@ -117,13 +116,19 @@ def prepare(recipe: OneShotRecipe, *, overwrite: bool) -> Prepared:
     """Read and check everything; raises InputError, and nothing has been written then."""
     output = recipe.output
     if output.exists() and not (output / "recipe.yaml").is_file():
-        raise InputError(f"output: {output} exists and is not the output of a run, so it is left alone; set another output")
+        raise InputError(
+            f"output: {output} exists and is not the output of a run, so it is left alone; set another output"
+        )
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; use --overwrite to replace it, or set another output")
     location, origin = locate(recipe.model.name)
     model, tokenizer = open_model(location, recipe.memory), load_tokenizer(location)
     plan, evaluate = Plan(model, recipe.pruning.rules), recipe.evaluate
-    asked = {"calibration": recipe.calibration, "evaluate.perplexity": evaluate.perplexity, "evaluate.labels": evaluate.labels}
+    asked = {
+        "calibration": recipe.calibration,
+        "evaluate.perplexity": evaluate.perplexity,
+        "evaluate.labels": evaluate.labels,
+    }
     longest = getattr(model.model.config, "max_position_embeddings", None)
     for key, texts in asked.items():
         if texts is not None and longest is not None and texts.tokens > longest:
@@ -205,8 +210,7 @@ def export(ready: Prepared, masked: Streamed, name: str, folder: Path, expected:
 
 def _answers(model: Streamed, hidden: Tensor) -> Tensor:
     """What a proof compares: as ``finllm_prune.checkpoints.proof.logits_of`` of the whole model."""
-    (logits,) = model.logits([hidden[:, -1]])
-    return of_last_token(logits[:, None]).cpu()
+    return torch.cat([some_of(logits[None]) for logits in model.logits(hidden)]).cpu()
 
 
 def _report(
@@ -217,7 +221,9 @@ def _report(
     if labels is not None and examples is not None and dense.logits is not None and pruned.logits is not None:
         quality = compare(labels.judge(examples), dense.logits, pruned.logits)
     return OneShotReport(
-        perplexity=None if dense.perplexity is None or pruned.perplexity is None else (dense.perplexity, pruned.perplexity),
+        perplexity=None
+        if dense.perplexity is None or pruned.perplexity is None
+        else (dense.perplexity, pruned.perplexity),
         quality=quality,
         sparsity=_sparsity(ready, pruned.zeros),
         bytes={"dense": model.bytes} | {name: weight_bytes(work / name) for name in ready.recipe.export},

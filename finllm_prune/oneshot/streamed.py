@@ -128,9 +128,7 @@ class Streamed:
             with safe_open(self._files[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"model: {self._files[name]} is damaged ({one_line(error)}); download it anew"
-            ) from error
+            raise InputError(f"model: {self._files[name]} is damaged ({one_line(error)}); download it anew") from error
         return tensor.to(self.model.dtype)
 
     @torch.no_grad()
@@ -151,7 +149,7 @@ class Streamed:
 
     @torch.no_grad()
     def logits(self, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The logits (n, vocabulary), fp32, of what left the last block, (n, width); the weights stay until all is asked for."""
+        """The logits (n, vocabulary), fp32, of what left the last block, (n, width); the head stays until all is asked for."""
         embedding = self._embedding()
         head = {name: tensor for name, tensor in self._around.items() if name != embedding}
         with self._weights(head):
@@ -197,7 +195,9 @@ def open_model(location: str, memory: Memory) -> Streamed:
     config = load_config(location)
     _refuse(config, location)
     if not Path(location).is_dir():
-        location = snapshot_download(location, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        location = snapshot_download(
+            location, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        )
     return Streamed(Path(location), memory)
 
 

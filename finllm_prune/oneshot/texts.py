@@ -27,7 +27,7 @@ class Windows:
     An end-of-text token stands between two texts, and a window begins with the tokenizer's own beginning, if it sets one.
 
     Args:
-        dataset: ``builtin`` (passages of annual reports), a .txt, .jsonl, .csv or .parquet file, a folder of splits or a Hub id.
+        dataset: ``builtin`` (passages of annual reports), a .txt, .jsonl, .csv or .parquet file, a folder of splits, a Hub id.
         text_column: the column of the text.
         split: of a folder or a Hub id.
         tokens: of a window.
@@ -64,7 +64,9 @@ class Windows:
             raise InputError(f"{key}.dataset: {self.dataset} holds no two tokens; name texts")
         if self.rows is None or self.rows >= len(windows):
             if self.rows is not None and self.rows > len(windows):
-                logger.info("%s: the texts make %d windows of %d tokens, not %d.", key, len(windows), self.tokens, self.rows)
+                logger.info(
+                    "%s: the texts make %d windows of %d tokens, not %d.", key, len(windows), self.tokens, self.rows
+                )
             return windows
         whole = [window for window in windows if len(window) == self.tokens]
         return random.Random(self.seed).sample(whole if len(whole) >= self.rows else windows, self.rows)
@@ -83,7 +85,9 @@ class Windows:
         except InputError as error:
             raise InputError(str(error).replace("task.dataset", f"{key}.dataset")) from error
         if self.split not in splits:
-            raise InputError(f"{key}.split: {source} has no split {self.split}, but {', '.join(splits)}; name one of these")
+            raise InputError(
+                f"{key}.split: {source} has no split {self.split}, but {', '.join(splits)}; name one of these"
+            )
         if self.text_column not in splits[self.split].column_names:
             raise InputError(
                 f"{key}.text_column: {source} has no column '{self.text_column}' but "

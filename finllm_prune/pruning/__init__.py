@@ -18,7 +18,16 @@ from finllm_prune.pruning.criteria import (
 )
 from finllm_prune.pruning.filling import refuse_unfillable
 from finllm_prune.pruning.groups import Group, Rule, Slot, give_densities
-from finllm_prune.pruning.oneshot import ONESHOT, Activations, Calibrated, OneShot, SparseGPT, Wanda, pattern_of, refuse_unfit
+from finllm_prune.pruning.oneshot import (
+    ONESHOT,
+    Activations,
+    Calibrated,
+    OneShot,
+    SparseGPT,
+    Wanda,
+    pattern_of,
+    refuse_unfit,
+)
 from finllm_prune.pruning.pruner import Pruner, not_finite, refuse_overlap, refuse_unsplittable
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
@@ -28,7 +37,8 @@ from finllm_prune.pruning.targets import Costs, equal_widths, spread
 
 __all__ = [
     "BUDGETS", "CRITERIA", "L0", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
-    "Activations", "Block", "Budget", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic", "Exponential", "Global", "Gradient",
+    "Activations", "Block", "Budget", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic", "Exponential",
+    "Global", "Gradient",
     "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner",
     "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
     "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",

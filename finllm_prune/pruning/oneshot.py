@@ -1,8 +1,8 @@
 """One shot with calibration data: one matrix and statistics of its inputs -> its final mask and the weights that stay.
 
 Written for ``y = W x`` with W of shape (out, in). A method sees one matrix at a time, so that nothing larger than one layer's
-statistics is ever held; ``finllm_prune.training.oneshot`` walks a model with it. Heads and neurons are chosen by what the matrix
-behind them gets (``Activations``).
+statistics is ever held; ``finllm_prune.training.oneshot`` walks a model with it. Heads and neurons are chosen by what the
+matrix behind them gets (``Activations``).
 """
 
 from collections.abc import Sequence
