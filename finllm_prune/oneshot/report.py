@@ -57,17 +57,15 @@ class OneShotReport:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """What, dense, pruned."""
-        out = []
+        out: list[tuple[str, str, str]] = []
         if self.perplexity is not None:
-            cells = [
-                f"{each.value:.2f} [{', '.join(f'{end:.2f}' for end in each.interval())}]" for each in self.perplexity
-            ]
-            out.append(("perplexity [95 % interval]", *cells))
             dense, pruned = self.perplexity
-            ends = ", ".join(f"{end:.2f}" for end in pruned.interval(dense))
-            out.append(("  ratio to the dense model's", "", f"{pruned.value / dense.value:.2f} [{ends}]"))
+            values = [_within(each.value, each.interval()) for each in self.perplexity]
+            out.append(("perplexity [95 % interval]", values[0], values[1]))
+            ratio = _within(pruned.value / dense.value, pruned.interval(dense))
+            out.append(("  ratio to the dense model's", "", ratio))
         if self.quality is not None:
-            out += [(f"{what}, by label likelihood", *cells) for what, *cells in quality_rows(self.quality)]
+            out += [(f"{what}, by label likelihood", was, now) for what, was, now in quality_rows(self.quality)]
         out += [(f"zeros among {_OF[name]}", "", f"{part:.1%}") for name, part in self.sparsity.items()]
         if self.dropped:
             out.append(("blocks dropped", "", ", ".join(map(str, self.dropped))))
@@ -91,6 +89,10 @@ class OneShotReport:
             "windows": len(dense.counts),
             "predicted_tokens": int(dense.counts.sum()),
         }
+
+
+def _within(value: float, interval: list[float]) -> str:
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def write_card(report: OneShotReport, folder: Path, name: str, exported: list[str]) -> None:

@@ -201,7 +201,8 @@ def export(ready: Prepared, masked: Streamed, name: str, folder: Path, expected:
         return
     write_compact(masked, folder, ready.tokenizer)
     small = Streamed(folder, ready.recipe.memory)
-    probe, zeros = small.begin([probe_of(small.model)]), {}
+    probe = small.begin([probe_of(small.model)])
+    zeros: dict[str, int] = {}
     for index, layer in small.blocks("compact: prove"):
         probe[0].hidden = probe[0].run(index, layer)
         zeros |= zeros_of(small, index)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Family, find_family
+from finllm_prune.hub.pull import pull
 from finllm_prune.loading import load_config
 from finllm_prune.training import Pass, record
 
@@ -143,9 +143,10 @@ class Streamed:
         """Batches of ``input_ids`` and ``attention_mask`` on their way to the first block."""
         head, waits = self._head(), torch.device("cpu") if self.memory.states == "cpu" else self.device
         with self._weights({name: tensor for name, tensor in self._around.items() if name != head}):
-            stubs = nn.ModuleList(Through() for _ in self.layers)
+            stubs, base = nn.ModuleList(Through() for _ in self.layers), self.model.base_model
+            assert isinstance(base, PreTrainedModel)
             with self._in_place_of_blocks(stubs):
-                return [step.to(waits) for batch in batches for step in record(self.model.base_model, stubs, [batch])]
+                return [step.to(waits) for batch in batches for step in record(base, stubs, [batch])]
 
     @torch.no_grad()
     def logits(self, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -194,11 +195,7 @@ def open_model(location: str, memory: Memory) -> Streamed:
     """
     config = load_config(location)
     _refuse(config, location)
-    if not Path(location).is_dir():
-        location = snapshot_download(
-            location, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        )
-    return Streamed(Path(location), memory)
+    return Streamed(pull(location, only=["*.json", "*.safetensors"]), memory)
 
 
 def _refuse(config: PreTrainedConfig, location: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, send_to_device
+from accelerate.utils import broadcast, recursively_apply, send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -120,8 +120,15 @@ class Pass:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
     def to(self, device: torch.device) -> "Pass":
-        """The same, waiting there."""
-        return Pass(*send_to_device((self.real, self.hidden, self.calls), device))
+        """The same, waiting there. Blocks share masks and positions, and go on sharing them."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device)
+            return moved[id(tensor)]
+
+        return Pass(*recursively_apply(move, (self.real, self.hidden, self.calls)))
 
     def run(self, index: int, layer: nn.Module) -> Tensor:
         """The output of a block, where this pass's own states lie: the block may lie elsewhere."""
