@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from finllm_prune.checkpoints import verify, zero_counts
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
+from finllm_prune.loading import load_tokenizer
 from finllm_prune.oneshot import OneShotRecipe, oneshot
 from finllm_prune.oneshot.blocks import influence, perplexity_without
 from finllm_prune.oneshot.recipe import parse
@@ -34,7 +35,8 @@ def decoder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     """Saves a tiny language model of a type and returns the folder."""
 
     def save(model_type: str = "llama", layers: int = 3, **more: object) -> Path:
-        config = tiny_model(model_type, layers=layers, **more).config
+        # Qwen2's class of tokenizers adds a token of its own to any vocabulary.
+        config = tiny_model(model_type, layers=layers, vocab_size=310, **more).config
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
@@ -93,7 +95,7 @@ def test_the_streamed_way_and_the_model_in_memory_are_equal_to_the_bit(
 
 @pytest.mark.parametrize("model_type", FULL)
 def test_what_is_reported_is_what_plain_transformers_finds_in_the_files(
-    decoder: Any, tokenizer: PreTrainedTokenizerFast, model_type: str, call: Call, tmp_path: Path
+    decoder: Any, model_type: str, call: Call, tmp_path: Path
 ) -> None:
     folder = decoder(model_type, layers=3)
     data = recipe(
@@ -108,7 +110,7 @@ def test_what_is_reported_is_what_plain_transformers_finds_in_the_files(
     path.write_text(yaml.safe_dump(data))
     assert call("oneshot", path, f"output={tmp_path / 'out'}", "memory.tokens=100") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    windows = Windows(tokens=40, rows=5).read(tokenizer, "evaluate.perplexity")
+    windows = Windows(tokens=40, rows=5).read(load_tokenizer(str(folder)), "evaluate.perplexity")
     masked, compact = (whole(tmp_path / "out" / name) for name in ("masked", "compact"))
     assert report["perplexity"]["dense"] == pytest.approx(perplexity(whole(folder), windows), rel=1e-5)
     for model in (masked, compact):
@@ -299,6 +301,15 @@ def test_a_model_that_cannot_be_streamed_is_refused(tmp_path: Path, config: Any,
     config.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match=expected):
         oneshot(parse(recipe(tmp_path / "model", "wanda", CUT)))
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(decoder: Any) -> None:
+    folder = decoder(layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"vocab_size": 200}))
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"the tokenizer of .* has token \d+, and the model 200 of them"):
+        oneshot(parse(recipe(folder, "wanda", CUT)))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "llm").glob("*.yaml")), ids=lambda p: p.stem)

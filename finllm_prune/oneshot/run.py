@@ -134,7 +134,7 @@ def prepare(recipe: OneShotRecipe, *, overwrite: bool) -> Prepared:
         if texts is not None and longest is not None and texts.tokens > longest:
             raise InputError(f"{key}.tokens: the model reads at most {longest} tokens, not {texts.tokens}; lower it")
     examples = None if evaluate.labels is None else evaluate.labels.load()
-    return Prepared(
+    ready = Prepared(
         recipe, model, tokenizer, plan,
         windows=[] if recipe.calibration is None else recipe.calibration.read(tokenizer, "calibration"),
         texts=windows_asked(evaluate.perplexity.read(tokenizer, "evaluate.perplexity")) if evaluate.perplexity else None,
@@ -143,6 +143,14 @@ def prepare(recipe: OneShotRecipe, *, overwrite: bool) -> Prepared:
         origin=origin,
         license=recipe.model.license or base_license(location),
     )  # fmt: skip
+    words, rows = model.model.config.vocab_size, [*ready.windows]
+    rows += [row for asked in (ready.texts, ready.prompts) if asked is not None for row in asked.rows]
+    if (last := max((max(row) for row in rows), default=0)) >= words:
+        raise InputError(
+            f"model: the tokenizer of {recipe.model.name} has token {last}, and the model {words} of them; name a model with "
+            "its own tokenizer"
+        )
+    return ready
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from finllm_prune.pruning.groups import Group, Rule, Slot, give_densities
 from finllm_prune.pruning.oneshot import (
     ONESHOT,
     Activations,
+    ByMatrix,
     Calibrated,
     OneShot,
     SparseGPT,
@@ -37,11 +38,10 @@ from finllm_prune.pruning.targets import Costs, equal_widths, spread
 
 __all__ = [
     "BUDGETS", "CRITERIA", "L0", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
-    "Activations", "Block", "Budget", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic", "Exponential",
-    "Global", "Gradient",
-    "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron", "OneShot", "Platon", "Pruner",
-    "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement",
-    "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
+    "Activations", "Block", "Budget", "ByMatrix", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic",
+    "Exponential", "Global", "Gradient", "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron",
+    "OneShot", "Platon", "Pruner", "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity",
+    "Site", "Slot", "SoftMovement", "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
     "equal_widths", "give_densities", "here", "mesh_of", "not_finite", "pattern_of", "refuse_overlap", "refuse_unfillable",
     "refuse_unfit", "refuse_unsplittable", "sampled", "split_mesh", "spread", "total",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ Pattern = tuple[int, int]
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The base of the methods that look at the inputs of a matrix.
+    """The base of the methods that look at the inputs of matrices.
 
     Args:
         rows: how many training rows (their texts only) the inputs are taken from; all, where there are fewer.
@@ -35,13 +35,17 @@ class Calibrated:
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise InputError(
-                f"pruning.oneshot.rows: wanda and sparsegpt need calibration data, so at least 1 row, not {self.rows}; "
-                "without data there is oneshot: magnitude"
+                f"pruning.oneshot.rows: wanda, sparsegpt and activations need calibration data, so at least 1 row, "
+                f"not {self.rows}; without data there is oneshot: magnitude"
             )
 
     def statistics(self, inputs: Tensor) -> Tensor:
         """Inputs of shape (tokens, in) -> what is remembered of them (fp32); it adds up over batches."""
         raise NotImplementedError
+
+
+class ByMatrix(Calibrated):
+    """The base of those that cut single weights of the matrix whose inputs they look at."""
 
     def prune(
         self, weight: Tensor, statistics: Tensor, sparsity: float, pattern: Pattern | None = None
@@ -58,7 +62,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class Wanda(Calibrated):
+class Wanda(ByMatrix):
     """``|W| * ||X||_2``, compared within each output row (Sun et al. 2023, https://arxiv.org/abs/2306.11695)."""
 
     def statistics(self, inputs: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ class Wanda(Calibrated):
 
 
 @dataclass(frozen=True)
-class SparseGPT(Calibrated):
+class SparseGPT(ByMatrix):
     """Optimal brain surgeon, column by column (Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774).
 
     With ``H = X^T X`` and U the upper Cholesky factor of its inverse, a cut of ``w_j`` costs ``w_j^2 / U_jj^2``, and the

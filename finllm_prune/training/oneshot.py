@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from finllm_prune.errors import InputError
 from finllm_prune.families import Architecture, Family
 from finllm_prune.inference import answer
-from finllm_prune.pruning import Activations, Calibrated, Group, OneShot, Pruner, pattern_of
+from finllm_prune.pruning import Activations, ByMatrix, Calibrated, Group, OneShot, Pruner, pattern_of
 
 
 def prune_once(
@@ -76,6 +76,7 @@ def prune_block(
             group.set_mask(mask)
             group.zero()
         else:
+            assert isinstance(method, ByMatrix)
             mask, pruned = method.prune(weight, seen, rule.sparsity, pattern_of(rule.structure))
             weight.copy_(pruned)
             # Unlike machines may round differently, and masks must be equal on all ranks; DDP equals the weights.
