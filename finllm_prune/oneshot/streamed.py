@@ -90,6 +90,8 @@ class Streamed:
         dtype: torch.dtype = own if memory.dtype == "auto" else getattr(torch, memory.dtype)
         with init_empty_weights(include_buffers=False):  # rotary frequencies lie in no file
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for name, _ in self.model.named_buffers():
+            set_module_tensor_to_device(self.model, name, self.device)
         self.layers = self.family.layers(self.model)
         self._files = _files(folder)
         self._around = _around(self.model, f"{self.family.root(self.model)}.")
