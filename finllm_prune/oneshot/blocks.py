@@ -14,7 +14,6 @@ from finllm_prune.oneshot.texts import Batch
 from finllm_prune.pruning import (
     Activations,
     Calibrated,
-    Criterion,
     Group,
     OneShot,
     Rule,
@@ -118,21 +117,21 @@ def prune(
     zeros: dict[str, int] = {}
     for index, layer in model.blocks("prune"):
         if index in dropped:
-            for parameter in _matrices(layer):
-                parameter.zero_()
+            _empty(layer)
         else:
-            groups = plan.of(model, index)
-            if isinstance(method, Calibrated):
-                prune_block(model.model, groups, method, calibration, index, layer)
-            else:
-                _cut(groups, method)
+            _cut(model, plan, method, calibration, index, layer)
             for step in calibration:
                 step.hidden = step.run(index, layer)
         for step in others:
             step.hidden = step.run(index, layer)
         zeros |= zeros_of(model, index)
-        write(index, {name: model.model.get_parameter(name).detach().cpu() for name in model.names(index)})
+        write(index, tensors_of(model, index))
     return zeros
+
+
+def tensors_of(model: Streamed, block: int) -> dict[str, Tensor]:
+    """The tensors of a block that has weights now, by name; whoever keeps them keeps the block."""
+    return {name: model.model.get_parameter(name).detach().cpu() for name in model.names(block)}
 
 
 def zeros_of(model: Streamed, block: int) -> dict[str, int]:
@@ -141,15 +140,24 @@ def zeros_of(model: Streamed, block: int) -> dict[str, int]:
     return {site.path: int((model.model.get_parameter(f"{site.path}.weight") == 0).sum()) for site in sites}
 
 
-def _cut(groups: list[Group], method: Criterion) -> None:
-    """By scores of the weights alone, each group for itself."""
-    for group in groups:
+def _cut(
+    model: Streamed, plan: Plan, method: OneShot, calibration: list[Pass], index: int, layer: nn.Module
+) -> None:  # fmt: skip
+    """A function of its own, at whose end no group holds the block's weights any more."""
+    groups = plan.of(model, index)
+    if isinstance(method, Calibrated):
+        prune_block(model.model, groups, method, calibration, index, layer)
+        return
+    for group in groups:  # by scores of the weights alone
         assert group.rule.sparsity is not None
         scores = group.rule.structure.rank(method.score(group, {}))
         group.set_mask(Uniform().share([scores], 1.0 - group.rule.sparsity)[0])
         group.zero()
 
 
-def _matrices(layer: nn.Module) -> list[nn.Parameter]:
-    """What makes an identity of a block when it is zero: its linear layers, with their biases."""
-    return [p for module in layer.modules() if isinstance(module, nn.Linear) for p in module.parameters()]
+def _empty(layer: nn.Module) -> None:
+    """An identity of a block whose norms come first: its linear layers and their biases are zero."""
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            for parameter in module.parameters():
+                parameter.zero_()

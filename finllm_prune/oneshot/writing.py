@@ -13,6 +13,7 @@ from finllm_prune.checkpoints.compact import fill_up
 from finllm_prune.errors import InputError
 from finllm_prune.families import alive, keep
 from finllm_prune.families.shrinking import PARTS
+from finllm_prune.oneshot.blocks import tensors_of
 from finllm_prune.oneshot.streamed import INDEX, Streamed
 
 
@@ -83,14 +84,19 @@ def write_compact(model: Streamed, folder: Path, tokenizer: PreTrainedTokenizerB
     setattr(config, family.depth, len(used))
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[index] for index in used]
-    writer, root = start(model, folder, len(used)), family.root(plain)
+    writer = start(model, folder, len(used))
     for index, _ in model.blocks("compact: write"):
-        if index not in used:
-            continue
-        state = {name: plain.get_parameter(name).detach().cpu() for name in model.names(index)}
-        for part, units in used[index].items():
-            for name, cut in keep(plain, family, part, index, fill_up(units, widths[part])).items():
-                state[name] = cut.take(state[name])
-        new = list(used).index(index)
-        writer.add({name.replace(f"{root}.{index}.", f"{root}.{new}.", 1): value for name, value in state.items()})
+        if index in used:
+            writer.add(_narrowed(model, index, list(used).index(index), used[index], widths))
     writer.finish(config, tokenizer, model.folder)
+
+
+def _narrowed(
+    model: Streamed, block: int, number: int, used: dict[str, Tensor], widths: dict[str, int]
+) -> dict[str, Tensor]:  # fmt: skip
+    """What stays of a block that has weights now, by the names of the block of that number."""
+    state, root = tensors_of(model, block), model.family.root(model.model)
+    for part, units in used.items():
+        for name, cut in keep(model.model, model.family, part, block, fill_up(units, widths[part])).items():
+            state[name] = cut.take(state[name])
+    return {name.replace(f"{root}.{block}.", f"{root}.{number}.", 1): tensor for name, tensor in state.items()}
