@@ -209,6 +209,9 @@ def test_blocks_are_worth_what_they_change_or_what_the_model_loses_without_them(
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.weight)
         assert float(lost[block]) == pytest.approx(perplexity(zeroed, rows), rel=1e-4)
+    by = {"oneshot": {"name": "activations", "blocks": "perplexity"}}
+    rules = [{"target": "encoder", "structure": "layer", "sparsity": 0.34}]
+    assert len(oneshot(parse(recipe(folder, "activations", pruning=by | {"rules": rules}))).dropped) == 1
 
 
 def test_never_two_blocks_have_weights(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,9 +278,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"export": ["compact"]}, "export: no rule removes whole neurons"),
     ({"export": ["onnx"]}, "export: onnx holds classifiers"),
     ({"evaluate": {"perplexity": False, "labels": {"prompt": "?"}}}, "evaluate.labels.prompt: {text} is missing"),
-    ({"evaluate": {"perplexity": False, "labels": {"task": "reranking"}}}, "evaluate.labels.task.name: reranking has no"),
+    ({"evaluate": {"perplexity": False, "labels": {"task": "reranking", "tokens": 60}}}, "evaluate.labels.task.name: "),
     ({"evaluate": {"perplexity": {"tokens": 100}}}, "evaluate.perplexity.tokens: the model reads at most 70 tokens"),
-    ({"calibration": {"dataset": "/nowhere"}}, "calibration.dataset: there is no folder '/nowhere'"),
+    ({"calibration": {"dataset": "/nowhere", "tokens": 24}}, "calibration.dataset: there is no folder '/nowhere'"),
     ({"memory": {"device": "abacus"}}, "memory.device: there is no 'abacus' here"),
 ]  # fmt: skip
 

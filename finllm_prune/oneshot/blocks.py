@@ -45,7 +45,8 @@ class Plan:
             )
         model.family.groups(model.model, self.layers)
         self.groups = model.family.groups(model.model, [rule for rule in rules if rule not in self.layers])
-        refuse_overlap(self.groups)
+        if self.groups or not self.layers:
+            refuse_overlap(self.groups)
         refuse_no_chain(model.model, model.family, self.groups)
 
     def dropped(self, worth: Tensor) -> set[int]:
@@ -64,7 +65,6 @@ class Plan:
         ]  # fmt: skip
 
 
-@torch.no_grad()
 def worth_of_blocks(model: Streamed, method: Activations, windows: list[list[int]], batches: list[Batch]) -> Tensor:
     """(blocks,): what the model would miss without each."""
     if method.blocks == "influence":
@@ -72,7 +72,6 @@ def worth_of_blocks(model: Streamed, method: Activations, windows: list[list[int
     return perplexity_without(model, windows, model.begin(batches))
 
 
-@torch.no_grad()
 def influence(model: Streamed, passes: list[Pass]) -> Tensor:
     """1 - the mean cosine between the input and the output of each block, over all tokens."""
     found = []
@@ -85,7 +84,6 @@ def influence(model: Streamed, passes: list[Pass]) -> Tensor:
     return torch.stack(found).float().cpu()
 
 
-@torch.no_grad()
 def perplexity_without(model: Streamed, windows: list[list[int]], passes: list[Pass]) -> Tensor:
     """The perplexity of the model without each block; all these models go through a block together."""
     without: list[list[Pass]] = []
@@ -98,7 +96,6 @@ def perplexity_without(model: Streamed, windows: list[list[int]], passes: list[P
     return torch.tensor([asked.perplexity(asked.log_likelihoods(model, each)).value for each in without])
 
 
-@torch.no_grad()
 def prune(
     model: Streamed, plan: Plan, method: OneShot, calibration: list[Pass], dropped: set[int], others: list[Pass],
     write: Write,

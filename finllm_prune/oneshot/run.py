@@ -153,7 +153,6 @@ def prepare(recipe: OneShotRecipe, *, overwrite: bool) -> Prepared:
     return ready
 
 
-@torch.no_grad()
 def measure(ready: Prepared, model: Streamed, what: str) -> Measured:
     """All texts through the model in one pass over its blocks."""
     tokens = ready.recipe.memory.tokens
@@ -175,7 +174,6 @@ def measure(ready: Prepared, model: Streamed, what: str) -> Measured:
     )
 
 
-@torch.no_grad()
 def write_masked(ready: Prepared, folder: Path) -> tuple[Tensor, dict[str, int], list[int]]:
     """Prune, and write each block when it is done; returns the probe's logits, the zeros, and the blocks that were dropped."""
     model, method, plan = ready.model, ready.recipe.pruning.oneshot, ready.plan

@@ -90,6 +90,7 @@ class Streamed:
         dtype: torch.dtype = own if memory.dtype == "auto" else getattr(torch, memory.dtype)
         with init_empty_weights(include_buffers=False):  # rotary frequencies lie in no file
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.model.requires_grad_(False)  # or hidden states would hold all blocks that they came through
         for name, _ in self.model.named_buffers():
             set_module_tensor_to_device(self.model, name, self.device)
         self.layers = self.family.layers(self.model)
@@ -133,14 +134,12 @@ class Streamed:
             raise InputError(f"model: {self._files[name]} is damaged ({one_line(error)}); download it anew") from error
         return tensor.to(self.model.dtype)
 
-    @torch.no_grad()
     def blocks(self, what: str) -> Iterator[tuple[int, nn.Module]]:
         """One block after the other, each with weights until the next one is asked for; ``what`` is done with them."""
         for index, layer in enumerate(tqdm(self.layers, desc=what)):
             with self._weights({name: name for name in self.names(index)}):
                 yield index, layer
 
-    @torch.no_grad()
     def begin(self, batches: Iterable[dict[str, Tensor]]) -> list[Pass]:
         """Batches of ``input_ids`` and ``attention_mask`` on their way to the first block."""
         head, waits = self._head(), torch.device("cpu") if self.memory.states == "cpu" else self.device
@@ -150,7 +149,6 @@ class Streamed:
             with self._in_place_of_blocks(stubs):
                 return [step.to(waits) for batch in batches for step in record(base, stubs, [batch])]
 
-    @torch.no_grad()
     def logits(self, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """The logits (n, vocabulary), fp32, of what left the last block, (n, width); the head stays until all is asked for."""
         embedding = self._embedding()
