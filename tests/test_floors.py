@@ -20,7 +20,7 @@ FLOORS = [
     {"prepare"},
     {"provenance"},
     {"conclusion"},
-    {"run", "saved", "export", "plan", "trim"},
+    {"run", "saved", "export", "plan", "trim", "oneshot"},
     {"suite", "comparison", "sweep"},
     {"cli"},
 ]

@@ -19,10 +19,14 @@ from finllm_prune.errors import InputError
 from finllm_prune.families import Family, find_family
 from finllm_prune.pruning import (
     NM,
+    Activations,
     Calibrated,
     Cubic,
     Global,
+    Head,
+    Layer,
     Magnitude,
+    Neuron,
     OneShot,
     Pruner,
     Rule,
@@ -146,6 +150,20 @@ def test_padding_does_not_count(method: Calibrated) -> None:
     assert max(differ) < 0.005, "only rounding may decide otherwise"
 
 
+def test_heads_and_neurons_of_an_encoder_go_by_what_they_say_and_whole_layers_are_refused() -> None:
+    model, family = tiny_model(), find_family("bert")
+    rules = [Rule("mlp", 0.5, Neuron(), Magnitude()), Rule("attention", 0.5, Head(), Magnitude())]
+    first = family.layers(model)[0].output.dense
+    neurons = seen_by_hooks(model, "bert.encoder.layer.0", padded())["bert.encoder.layer.0.output.dense"]
+    pruner = Pruner(family.groups(model, rules), Cubic())
+    prune_once(model, family, pruner, Activations(), padded())
+    assert pruner.sparsity() == 0.5
+    alive = (first.weight != 0).any(0).nonzero().flatten().tolist()
+    assert len(set(alive) & set(neurons.abs().mean(0).topk(32).indices.tolist())) >= 28, "heads before it are cut first"
+    with pytest.raises(InputError, match="whole layers are chosen by `finllm-prune oneshot`"):
+        refuse_no_chain(model, family, family.groups(model, [Rule("encoder", 0.5, Layer(), Magnitude())]))
+
+
 def test_the_n_m_of_a_structure_reaches_the_method() -> None:
     for method in (Wanda(), SparseGPT()):
         rule = Rule("encoder", 0.5, structure=NM())
@@ -261,8 +279,8 @@ def test_a_recipe_prunes_once_and_the_result_loads_with_plain_transformers(
 
 
 BAD = [
-    ({"name": "wanda", "rows": 0}, {}, "pruning.oneshot.rows: wanda and sparsegpt need calibration data"),
-    ({"name": "sparsegpt", "rows": 0}, {}, "pruning.oneshot.rows: wanda and sparsegpt need calibration data"),
+    ({"name": "wanda", "rows": 0}, {}, "pruning.oneshot.rows: wanda, sparsegpt and activations need"),
+    ({"name": "sparsegpt", "rows": 0}, {}, "pruning.oneshot.rows: wanda, sparsegpt and activations need"),
     ({"name": "wanda", "damp": 0.1}, {}, "pruning.oneshot.damp: unknown key; known: rows"),
     ("wandb", {}, "pruning.oneshot: unknown name 'wandb'; did you mean 'wanda'?"),
     ("wanda", {"budget": "global"}, "pruning.rules.0.budget: oneshot wanda shares its sparsity within each matrix"),

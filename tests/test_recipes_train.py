@@ -18,7 +18,7 @@ from tests.conftest import LABELS
 from tests.rankings import write_set
 
 ROOT = Path(__file__).parents[1]
-OTHERS = ("accelerate", "suites")  # folders of what is no recipe
+OTHERS = ("accelerate", "llm", "suites")  # folders of what is no recipe
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in OTHERS)
 MODEL_TYPES = {
     "BAAI/bge-reranker-base": "xlm-roberta",

@@ -10,7 +10,7 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints.proof import save_proved
@@ -36,9 +36,7 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
         used = [alive(model, family, part, block) for block in range(len(family.layers(model)))]
         width = family.resize(config, part, max(int(units.sum()) for units in used))
         for block, units in enumerate(used):
-            # Units without effect fill narrow blocks up; a stable sort keeps the order, so the result is deterministic.
-            kept = units.long().argsort(descending=True, stable=True)[:width].sort().values
-            for name, cut in keep(model, family, part, block, kept).items():
+            for name, cut in keep(model, family, part, block, fill_up(units, width)).items():
                 state[name] = cut.take(state[name])
     smaller: PreTrainedModel = type(model)(config)
     _same_words(model, smaller)
@@ -47,6 +45,12 @@ def compact(model: PreTrainedModel) -> PreTrainedModel:
     nn.Module.to(smaller, device=model.device)
     smaller.train(model.training)
     return smaller
+
+
+def fill_up(used: Tensor, width: int) -> Tensor:
+    """The numbers of so many units, ascending: those that are used, and others to fill a narrow block up."""
+    # A stable sort keeps the order, so the result is deterministic.
+    return used.long().argsort(descending=True, stable=True)[:width].sort().values
 
 
 def evened(model: PreTrainedModel) -> PreTrainedModel:

@@ -31,21 +31,21 @@ def save_proved(
         more: what else the manifest records.
 
     Raises:
-        ProofError: the logits differ from the model's in memory by more than 1e-5, or zeros are missing; then no folder
-            is left behind.
+        ProofError: the logits differ from the model's in memory by more than ``tolerance_of`` allows, or zeros are missing;
+            then no folder is left behind.
     """
     with staged(folder) as partial:
         write(smaller, partial)
         tokenizer.save_pretrained(partial)
         probe = probe_of(model)
         expected = logits_of(model, probe)
-        reloaded = _load(partial)
-        compare_logits(logits_of(reloaded, probe), expected, folder, TOLERANCE)
+        reloaded, tolerance = _load(partial), tolerance_of(expected, model.dtype)
+        compare_logits(logits_of(reloaded, probe), expected, folder, tolerance)
         zeros = zero_counts(smaller)
         written = reloaded.state_dict()
         if any(not torch.equal(value.cpu(), written[name]) for name, value in smaller.state_dict().items()):
             raise ProofError(f"{folder}: the reloaded weights are not those of the saved model; nothing was kept")
-        write_manifest(partial, format_name, zeros, probe, expected, TOLERANCE, more)
+        write_manifest(partial, format_name, zeros, probe, expected, tolerance, more)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -128,7 +128,17 @@ def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Ten
     model.eval()
     logits: Tensor = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.float().cpu()
     model.train(was_training)
+    return some_of(logits)
+
+
+def some_of(logits: Tensor) -> Tensor:
+    """Of a classifier all; of a language model (rows, tokens, some), evenly spaced over its vocabulary."""
     return logits if logits.ndim == 2 else logits[..., :: -(-logits.shape[-1] // _TOKENS)]
+
+
+def tolerance_of(logits: Tensor, dtype: torch.dtype) -> float:
+    """How far two ways to add the same numbers up may lie apart: in half precision the steps between numbers are larger."""
+    return max(TOLERANCE, 4 * torch.finfo(dtype).eps * float(logits.abs().max()))
 
 
 def agreement(got: Tensor, expected: Tensor) -> float:

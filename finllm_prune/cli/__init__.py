@@ -12,7 +12,7 @@ import finllm_prune
 from finllm_prune.cli.checkpoints import delta, export, trim, verify
 from finllm_prune.cli.hub import card, push
 from finllm_prune.cli.models import evaluate, inspect, pull_and_compare
-from finllm_prune.cli.recipes import plan, run
+from finllm_prune.cli.recipes import oneshot, plan, run
 from finllm_prune.cli.report import report
 from finllm_prune.cli.screen import BAD_INPUT, NOT_PUSHED, PROOF_FAILED, console
 from finllm_prune.cli.sweeps import SeveralValues, dense, sweep
@@ -21,7 +21,21 @@ from finllm_prune.errors import HubError, InputError, ProofError
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fine-tune financial language models while pruning them."
 )
-for command in (run, plan, evaluate, inspect, verify, export, delta, trim, report, card, push, pull_and_compare):
+for command in (
+    run,
+    plan,
+    oneshot,
+    evaluate,
+    inspect,
+    verify,
+    export,
+    delta,
+    trim,
+    report,
+    card,
+    push,
+    pull_and_compare,
+):
     app.command()(command)
 app.command(cls=SeveralValues)(sweep)
 app.command(hidden=True)(dense)

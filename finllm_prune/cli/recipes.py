@@ -1,4 +1,4 @@
-"""What is done with a recipe: run it, or predict what it will give."""
+"""What is done with a recipe: run it, predict what it will give, or prune a language model in one shot."""
 
 import json
 from pathlib import Path
@@ -82,3 +82,34 @@ def plan(
     print_rows(predicted.rows(), f"{recipe}: predicted, dense against pruned")
     if json_file is not None:
         json_file.write_text(json.dumps(predicted.to_dict(), indent=2) + "\n")
+
+
+def oneshot(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, as recipes/llm/wanda_qwen3.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Values to change; a value is YAML.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a finished output.")] = False,
+) -> None:
+    """Prune a causal language model without training, block by block, and measure and prove what was written.
+
+    \b
+    finllm-prune oneshot recipes/llm/wanda_qwen3.yaml model=outputs/mine pruning.oneshot=sparsegpt
+
+    At most one block has weights at a time. `finllm-prune run` trains on from the result.
+    """
+    import datasets
+
+    from finllm_prune.oneshot import OneShotRecipe
+    from finllm_prune.oneshot import oneshot as prune
+
+    datasets.disable_progress_bars()
+    loaded = OneShotRecipe.load(recipe, overrides or [])
+    try:
+        report = prune(loaded, overwrite=overwrite)
+    except InputError as error:
+        raise InputError(f"{recipe}: {error}") from error
+    print_rows(report.rows(), "dense against pruned, nothing trained")
+    if report.quality is not None and report.quality.collapsed:
+        console.print(f"[bold red]The pruned model has collapsed: it {report.quality.collapse}.")
+    console.print(f"Done in {sum(report.run['wall_seconds'].values()):.0f} s: {loaded.output}", soft_wrap=True)

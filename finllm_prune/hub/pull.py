@@ -8,8 +8,8 @@ from finllm_prune.errors import InputError
 from finllm_prune.hub.faults import FAULTS, remedy
 
 
-def pull(name: str, revision: str | None = None) -> Path:
-    """The folder of a local model, or of a snapshot of the Hub's, all files of it.
+def pull(name: str, revision: str | None = None, only: list[str] | None = None) -> Path:
+    """The folder of a local model, or of a snapshot of the Hub's: all files of it, or those of some patterns.
 
     Raises:
         InputError: there is no such folder, and the Hub does not give such a repository.
@@ -19,6 +19,6 @@ def pull(name: str, revision: str | None = None) -> Path:
     if Path(name).is_absolute() or name.count("/") != 1:
         raise InputError(f"there is no folder {name}, and it is no Hub id, owner/name, either")
     try:
-        return Path(snapshot_download(name, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=only))
     except FAULTS as error:
         raise InputError(remedy(error, name)) from error

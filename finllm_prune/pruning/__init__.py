@@ -19,7 +19,17 @@ from finllm_prune.pruning.criteria import (
 )
 from finllm_prune.pruning.filling import refuse_unfillable
 from finllm_prune.pruning.groups import Group, Rule, Slot, give_densities
-from finllm_prune.pruning.oneshot import ONESHOT, Calibrated, OneShot, SparseGPT, Wanda, pattern_of, refuse_unfit
+from finllm_prune.pruning.oneshot import (
+    ONESHOT,
+    Activations,
+    ByMatrix,
+    Calibrated,
+    OneShot,
+    SparseGPT,
+    Wanda,
+    pattern_of,
+    refuse_unfit,
+)
 from finllm_prune.pruning.pruner import Pruner, not_finite, refuse_overlap, refuse_unsplittable
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
@@ -29,10 +39,11 @@ from finllm_prune.pruning.targets import Costs, equal_widths, spread
 
 __all__ = [
     "BUDGETS", "CRITERIA", "L0", "L1", "L2", "NM", "ONESHOT", "REGULARIZERS", "SCHEDULES", "STRUCTURES",
-    "Adapter", "Block", "Budget", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic", "Exponential", "Factor",
-    "Frozen", "Global", "Gradient", "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude", "Movement", "Neuron",
-    "OneShot", "Platon", "Pruner", "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement", "SecondOrder", "Sensitivity",
-    "Site", "Slot", "SoftMovement", "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured", "Variance", "Wanda",
+    "Activations", "Adapter", "Block", "Budget", "ByMatrix", "Calibrated", "Constant", "Costs", "Criterion", "Cubic", "Cyclic",
+    "Exponential", "Factor", "Frozen", "Global", "Gradient", "Group", "GroupLasso", "Head", "Layer", "Linear", "Magnitude",
+    "Movement", "Neuron", "OneShot", "Platon", "Pruner", "Random", "Regularizer", "Rule", "Schedule", "ScoreMovement",
+    "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement", "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured",
+    "Variance", "Wanda",
     "attach", "equal_widths", "give_densities", "here", "mesh_of", "not_finite", "pattern_of", "refuse_overlap",
     "refuse_unfillable", "refuse_unfit", "refuse_unsplittable", "sampled", "split_mesh", "spread", "total",
 ]  # fmt: skip

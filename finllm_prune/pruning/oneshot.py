@@ -1,11 +1,13 @@
 """One shot with calibration data: one matrix and statistics of its inputs -> its final mask and the weights that stay.
 
 Written for ``y = W x`` with W of shape (out, in). A method sees one matrix at a time, so that nothing larger than one layer's
-statistics is ever held; ``finllm_prune.training.oneshot`` walks a model with it.
+statistics is ever held; ``finllm_prune.training.oneshot`` walks a model with it. Heads and neurons are chosen by what the
+matrix behind them gets (``Activations``).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +15,8 @@ from torch import Tensor
 from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Uniform
 from finllm_prune.pruning.criteria import Criterion, Magnitude
-from finllm_prune.pruning.groups import Rule
-from finllm_prune.pruning.structures import NM, Structure, Unstructured, best
+from finllm_prune.pruning.groups import Group, Rule
+from finllm_prune.pruning.structures import NM, Head, Layer, Neuron, Structure, Unstructured, best
 
 Pattern = tuple[int, int]
 """(n, m): n of every m consecutive weights along the input axis stay."""
@@ -22,7 +24,7 @@ Pattern = tuple[int, int]
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The base of the methods that look at the inputs of a matrix.
+    """The base of the methods that look at the inputs of matrices.
 
     Args:
         rows: how many training rows (their texts only) the inputs are taken from; all, where there are fewer.
@@ -33,13 +35,17 @@ class Calibrated:
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise InputError(
-                f"pruning.oneshot.rows: wanda and sparsegpt need calibration data, so at least 1 row, not {self.rows}; "
-                "without data there is oneshot: magnitude"
+                f"pruning.oneshot.rows: wanda, sparsegpt and activations need calibration data, so at least 1 row, "
+                f"not {self.rows}; without data there is oneshot: magnitude"
             )
 
     def statistics(self, inputs: Tensor) -> Tensor:
         """Inputs of shape (tokens, in) -> what is remembered of them (fp32); it adds up over batches."""
         raise NotImplementedError
+
+
+class ByMatrix(Calibrated):
+    """The base of those that cut single weights of the matrix whose inputs they look at."""
 
     def prune(
         self, weight: Tensor, statistics: Tensor, sparsity: float, pattern: Pattern | None = None
@@ -56,7 +62,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class Wanda(Calibrated):
+class Wanda(ByMatrix):
     """``|W| * ||X||_2``, compared within each output row (Sun et al. 2023, https://arxiv.org/abs/2306.11695)."""
 
     def statistics(self, inputs: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ class Wanda(Calibrated):
 
 
 @dataclass(frozen=True)
-class SparseGPT(Calibrated):
+class SparseGPT(ByMatrix):
     """Optimal brain surgeon, column by column (Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774).
 
     With ``H = X^T X`` and U the upper Cholesky factor of its inverse, a cut of ``w_j`` costs ``w_j^2 / U_jj^2``, and the
@@ -135,6 +141,34 @@ class SparseGPT(Calibrated):
         return upper
 
 
+@dataclass(frozen=True)
+class Activations(Calibrated):
+    """What a unit says on the calibration data (Minitron: Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679).
+
+    A neuron counts by the mean of its absolute activation, behind the activation function; a head (kv group under GQA) by the
+    L2 norm of its output over all tokens; a block by how much it changes or is missed (``finllm_prune.oneshot``).
+
+    Args:
+        blocks: ``influence``: 1 - the mean cosine of a block's input and output (ShortGPT: Men et al. 2024,
+            https://arxiv.org/abs/2403.03853); ``perplexity`` of the calibration texts without it, for which the hidden states
+            of all these models are held at once.
+    """
+
+    blocks: Literal["influence", "perplexity"] = "influence"
+
+    def statistics(self, inputs: Tensor) -> Tensor:
+        """(2, in): the sums of absolute values and of squares."""
+        inputs = inputs.float()
+        return torch.stack([inputs.abs().sum(0), inputs.square().sum(0)])
+
+    def choose(self, group: Group, statistics: Tensor) -> Tensor:
+        """The mask of the heads or neurons whose last matrix got such inputs."""
+        assert group.rule.sparsity is not None
+        heads = isinstance(group.rule.structure, Head)
+        score = statistics[1].view(group.units, -1).sum(1).sqrt() if heads else statistics[0]
+        return Uniform().share([score], 1.0 - group.rule.sparsity)[0]
+
+
 OneShot = Criterion | Calibrated
 
 
@@ -144,12 +178,18 @@ def pattern_of(structure: Structure) -> Pattern | None:
 
 
 def refuse_unfit(method: OneShot, rules: Sequence[Rule]) -> None:
-    """A one-shot method cuts single weights, and a calibrated one sees one matrix at a time."""
+    """A one-shot method cuts single weights, or heads, neurons and layers; a calibrated one sees one matrix at a time."""
     for i, rule in enumerate(rules):
-        if not isinstance(rule.structure, Unstructured):
+        if isinstance(method, Activations):
+            if not isinstance(rule.structure, Neuron | Head | Layer):
+                raise InputError(
+                    f"pruning.rules.{i}.structure: oneshot activations cuts neurons, heads and layers; set one of these here, "
+                    "or use wanda or sparsegpt"
+                )
+        elif not isinstance(rule.structure, Unstructured):
             raise InputError(
-                f"pruning.rules.{i}.structure: pruning.oneshot cuts single weights; set unstructured or n:m here, or "
-                "remove pruning.oneshot"
+                f"pruning.rules.{i}.structure: pruning.oneshot cuts single weights; set unstructured or n:m here, "
+                "use oneshot: activations, or remove pruning.oneshot"
             )
         if isinstance(method, Calibrated) and rule.budget != Uniform():
             raise InputError(
@@ -158,4 +198,9 @@ def refuse_unfit(method: OneShot, rules: Sequence[Rule]) -> None:
             )
 
 
-ONESHOT: dict[str, type[OneShot]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+ONESHOT: dict[str, type[OneShot]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "activations": Activations,
+}

@@ -4,7 +4,7 @@ from finllm_prune.training.batches import sample_batches
 from finllm_prune.training.distillation import Distillation, Teacher
 from finllm_prune.training.layers import uniform_layers
 from finllm_prune.training.lora import Lora, adapt, merge, refuse_beside_lora
-from finllm_prune.training.oneshot import prune_once, refuse_no_chain
+from finllm_prune.training.oneshot import Pass, lies_in, prune_block, prune_once, record, refuse_no_chain
 from finllm_prune.training.recorder import RECORD_FILE, Recorder, Recording
 from finllm_prune.training.recovery import Recovery, Seam, SmallerCallback, hand_over, refuse_unrecoverable
 from finllm_prune.training.sensitivity import measure_sensitivity
@@ -12,8 +12,9 @@ from finllm_prune.training.teacher_logits import with_teacher_logits
 from finllm_prune.training.trainer import PruningTrainer
 
 __all__ = [
-    "RECORD_FILE", "Distillation", "Lora", "PruningTrainer", "Recorder", "Recording", "Recovery", "Seam", "SmallerCallback",
-    "Teacher",
-    "adapt", "hand_over", "measure_sensitivity", "merge", "prune_once", "refuse_beside_lora", "refuse_no_chain",
+    "RECORD_FILE", "Distillation", "Lora", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery", "Seam",
+    "SmallerCallback", "Teacher",
+    "adapt", "hand_over", "lies_in", "measure_sensitivity", "merge", "prune_block", "prune_once", "record",
+    "refuse_beside_lora", "refuse_no_chain",
     "refuse_unrecoverable", "sample_batches", "uniform_layers", "with_teacher_logits",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, recursively_apply, send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from finllm_prune.errors import InputError
 from finllm_prune.families import Architecture, Family
 from finllm_prune.inference import answer
-from finllm_prune.pruning import Calibrated, Group, OneShot, Pruner, pattern_of
+from finllm_prune.pruning import Activations, ByMatrix, Calibrated, Group, OneShot, Pruner, pattern_of
 
 
 def prune_once(
@@ -44,24 +44,45 @@ def prune_once(
     model.eval()
     with torch.no_grad():
         layers = family.layers(model)
-        passes = _record(model, layers, batches)
+        passes = record(model, layers, batches)
         if not passes:
             raise InputError("pruning.oneshot: there is no calibration data; give at least one batch, or use magnitude")
         for index, layer in enumerate(tqdm(layers, desc="one shot", leave=False)):
-            groups = [group for group in pruner.groups if _lies_in(group, model, family, index)]
-            linears = [model.get_submodule(group.slots[0].site.path) for group in groups]
-            statistics = _observe(method, passes, index, layer, linears)
-            for group, seen in zip(groups, statistics, strict=True):
-                weight, rule = group.slots[0].weight, group.rule
-                assert rule.sparsity is not None  # a one-shot method is refused beside a target
-                mask, pruned = method.prune(weight, seen, rule.sparsity, pattern_of(rule.structure))
-                weight.copy_(pruned)
-                # Unlike machines may round differently, and masks must be equal on all ranks; DDP equals the weights.
-                masks[group.name] = broadcast(mask)
+            groups = [group for group in pruner.groups if lies_in(group, model, family, index)]
+            masks |= prune_block(model, groups, method, passes, index, layer)
             for step in passes:
                 step.hidden = step.run(index, layer)
     model.train(was_training)
     pruner.fix(masks)
+
+
+def prune_block(
+    model: PreTrainedModel, groups: Sequence[Group], method: Calibrated, passes: Sequence["Pass"], index: int, layer: nn.Module
+) -> dict[str, Tensor]:  # fmt: skip
+    """Write the new weights of a block; returns the masks by the names of its groups.
+
+    Args:
+        groups: of this block.
+        passes: what reaches it.
+        index, layer: which block it is.
+    """
+    masks: dict[str, Tensor] = {}
+    linears = [model.get_submodule(group.slots[-1].site.path) for group in groups]
+    for group, seen in zip(groups, _observe(method, passes, index, layer, linears), strict=True):
+        weight, rule = group.slots[0].weight, group.rule
+        assert rule.sparsity is not None  # a one-shot method is refused beside a target
+        if isinstance(method, Activations):
+            mask = broadcast(method.choose(group, seen))
+            group.set_mask(mask)
+            group.zero()
+        else:
+            assert isinstance(method, ByMatrix)
+            mask, pruned = method.prune(weight, seen, rule.sparsity, pattern_of(rule.structure))
+            weight.copy_(pruned)
+            # Unlike machines may round differently, and masks must be equal on all ranks; DDP equals the weights.
+            mask = broadcast(mask)
+        masks[group.name] = mask
+    return masks
 
 
 def refuse_no_chain(model: PreTrainedModel, family: Family, groups: list[Group]) -> None:
@@ -73,7 +94,12 @@ def refuse_no_chain(model: PreTrainedModel, family: Family, groups: list[Group])
             "calibrated one after the other; use oneshot: magnitude"
         )
     for group in groups:
-        if not any(_lies_in(group, model, family, block) for block in range(blocks)):
+        if group.rule.structure.couples == "encoder":
+            raise InputError(
+                "pruning.oneshot: whole layers are chosen by `finllm-prune oneshot`; use it, or name those to keep in "
+                "model.keep_layers"
+            )
+        if not any(lies_in(group, model, family, block) for block in range(blocks)):
             raise InputError(
                 f"pruning.oneshot: {group.name} lies in none of the model's blocks; set target to attention, mlp or "
                 "encoder, or use oneshot: magnitude"
@@ -94,10 +120,22 @@ class Pass:
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
+    def to(self, device: torch.device) -> "Pass":
+        """The same, waiting there. Blocks share masks and positions, and go on sharing them."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device)
+            return moved[id(tensor)]
+
+        return Pass(*recursively_apply(move, (self.real, self.hidden, self.calls)))
+
     def run(self, index: int, layer: nn.Module) -> Tensor:
-        """The output of a block."""
-        args, kwargs = self.calls[index]
-        return _hidden(layer(self.hidden, *args, **kwargs))
+        """The output of a block, where this pass's own states lie: the block may lie elsewhere."""
+        device = next(layer.parameters()).device
+        hidden, (args, kwargs) = send_to_device((self.hidden, self.calls[index]), device)
+        return _hidden(layer(hidden, *args, **kwargs)).to(self.hidden.device)
 
     def inputs(self, index: int, layer: nn.Module, linears: Sequence[nn.Module]) -> list[Tensor]:
         """The inputs of some of a block's layers, (tokens, in), without padding."""
@@ -110,10 +148,10 @@ class Pass:
             for linear in linears:
                 hooks.enter_context(linear.register_forward_pre_hook(keep))
             self.run(index, layer)
-        return [seen[linear][self.real] for linear in linears]
+        return [inputs[self.real.to(inputs.device)] for inputs in (seen[linear] for linear in linears)]
 
 
-def _record(model: PreTrainedModel, layers: nn.ModuleList, batches: Iterable[dict[str, Tensor]]) -> list[Pass]:
+def record(model: PreTrainedModel, layers: nn.ModuleList, batches: Iterable[dict[str, Tensor]]) -> list[Pass]:
     """The input of the first block and the other arguments of all, from one run of the dense model."""
     passes: list[Pass] = []
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -146,7 +184,7 @@ def _record(model: PreTrainedModel, layers: nn.ModuleList, batches: Iterable[dic
 
 
 def _observe(
-    method: Calibrated, passes: list[Pass], index: int, layer: nn.Module, linears: list[nn.Module]
+    method: Calibrated, passes: Sequence[Pass], index: int, layer: nn.Module, linears: list[nn.Module]
 ) -> list[Tensor]:
     """The statistics of each linear layer's inputs, over all batches."""
     total: list[Tensor] = []
@@ -156,7 +194,8 @@ def _observe(
     return total
 
 
-def _lies_in(group: Group, model: PreTrainedModel, family: Family, block: int) -> bool:
+def lies_in(group: Group, model: PreTrainedModel, family: Family, block: int) -> bool:
+    """Whether a block holds what the group cuts."""
     return group.slots[0].site.path.startswith(f"{family.root(model)}.{block}.")
 
 

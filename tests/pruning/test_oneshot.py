@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import ONESHOT, Calibrated, SparseGPT, Wanda
+from finllm_prune.pruning import ONESHOT, ByMatrix, Calibrated, SparseGPT, Wanda
 from finllm_prune.pruning.budgets import select
 from finllm_prune.pruning.oneshot import Pattern
 
 CALIBRATED: list[type[Calibrated]] = [cls for cls in ONESHOT.values() if issubclass(cls, Calibrated)]
+BY_MATRIX: list[type[ByMatrix]] = [cls for cls in CALIBRATED if issubclass(cls, ByMatrix)]
 Array = NDArray[np.float64]
 
 
@@ -110,7 +111,7 @@ def test_the_better_a_method_knows_the_inputs_the_smaller_the_error_of_the_outpu
 
 
 @given(
-    cls=st.sampled_from(CALIBRATED),
+    cls=st.sampled_from(BY_MATRIX),
     out=st.integers(1, 9),
     inn=st.integers(1, 40),
     tokens=st.integers(1, 60),
@@ -118,7 +119,7 @@ def test_the_better_a_method_knows_the_inputs_the_smaller_the_error_of_the_outpu
     seed=st.integers(0, 99),
 )
 def test_any_matrix_gets_its_sparsity(
-    cls: type[Calibrated], out: int, inn: int, tokens: int, sparsity: float, seed: int
+    cls: type[ByMatrix], out: int, inn: int, tokens: int, sparsity: float, seed: int
 ) -> None:
     """Also with fewer tokens than inputs, where the Hessian has no inverse of its own."""
     weight, inputs = made(out, inn, tokens, seed)
@@ -132,9 +133,9 @@ def test_any_matrix_gets_its_sparsity(
 
 
 @given(
-    cls=st.sampled_from(CALIBRATED), m=st.integers(2, 8), groups=st.integers(1, 5), seed=st.integers(0, 99), data=st.data()
+    cls=st.sampled_from(BY_MATRIX), m=st.integers(2, 8), groups=st.integers(1, 5), seed=st.integers(0, 99), data=st.data()
 )  # fmt: skip
-def test_any_matrix_gets_its_pattern(cls: type[Calibrated], m: int, groups: int, seed: int, data: Any) -> None:
+def test_any_matrix_gets_its_pattern(cls: type[ByMatrix], m: int, groups: int, seed: int, data: Any) -> None:
     n = data.draw(st.integers(1, m - 1))
     weight, inputs = made(5, m * groups, 40, seed)
     method = SparseGPT(block=7) if cls is SparseGPT else cls()
@@ -142,8 +143,8 @@ def test_any_matrix_gets_its_pattern(cls: type[Calibrated], m: int, groups: int,
     assert bool((mask.view(-1, m).sum(1) == n).all())
 
 
-@pytest.mark.parametrize("cls", CALIBRATED)
-def test_inputs_that_are_zero_are_cut_first_and_break_nothing(cls: type[Calibrated]) -> None:
+@pytest.mark.parametrize("cls", BY_MATRIX)
+def test_inputs_that_are_zero_are_cut_first_and_break_nothing(cls: type[ByMatrix]) -> None:
     weight, inputs = made()
     inputs[:, 3::2] = 0
     method = cls()
