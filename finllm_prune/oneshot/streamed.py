@@ -4,6 +4,7 @@ Never more than one block is held, on the host or on the device, nor a block bes
 experts and models without a family, which ``open_model`` refuses.
 """
 
+import gc
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,7 @@ class Streamed:
 
     def blocks(self, what: str) -> Iterator[tuple[int, nn.Module]]:
         """One block after the other, each with weights until the next one is asked for; ``what`` is done with them."""
+        gc.collect()  # what an earlier pass left in cycles
         for index, layer in enumerate(tqdm(self.layers, desc=what)):
             with self._weights({name: name for name in self.names(index)}):
                 yield index, layer
