@@ -90,7 +90,7 @@ def killed_at(place: str, *arguments: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("there", [False, True], ids=["nothing", "an old one"])
+@pytest.mark.parametrize("there", [pytest.param(False, marks=pytest.mark.full), True], ids=["nothing", "an old one"])
 @pytest.mark.parametrize("place", ["checkpoints.proof.zero_counts", "export._carry_card", "staging.publish"])
 def test_a_killed_export_leaves_what_was_there_and_the_next_one_cleans_up(
     source: Path, tmp_path: Path, place: str, there: bool

@@ -78,8 +78,11 @@ def checkpoints(tmp_path: Path) -> Path:
     return tmp_path / "out.partial" / "checkpoints" / "prune"
 
 
-def test_fsdp2_saves_on_sigterm_and_goes_on_with_fewer_ranks(tmp_path: Path, recipe: Path, whole: Path) -> None:
-    started = start(launched("fsdp2", 4, recipe))
+@pytest.mark.parametrize(("many", "fewer"), [(2, [1]), pytest.param(4, [2, 1], marks=pytest.mark.full)])
+def test_fsdp2_saves_on_sigterm_and_goes_on_with_fewer_ranks(
+    tmp_path: Path, recipe: Path, whole: Path, many: int, fewer: list[int]
+) -> None:
+    started = start(launched("fsdp2", many, recipe))
     wait_for((checkpoints(tmp_path) / "checkpoint-8" / "pruner.safetensors").exists)
     started.send_signal(signal.SIGTERM)
     _, told = started.communicate(timeout=600)
@@ -91,7 +94,7 @@ def test_fsdp2_saves_on_sigterm_and_goes_on_with_fewer_ranks(tmp_path: Path, rec
     assert [path.name for path in checkpoints(tmp_path).iterdir()] == [f"checkpoint-{step}"], "save_total_limit: 1"
 
     shutil.copytree(tmp_path / "out.partial", tmp_path / "kept")
-    for ranks in (2, 1):
+    for ranks in fewer:
         done = finish(launched("fsdp2", ranks, recipe, "--resume"))
         assert report(tmp_path / "out")["processes"] == ranks
         assert done.stdout.count("macro-F1 [95 % interval]") == 1, "only the first rank prints"

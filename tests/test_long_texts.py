@@ -93,6 +93,7 @@ def write_large(folder: Path, documents: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("strategy", ["head_tail"])
 def test_memory_does_not_grow_with_the_file(

@@ -317,6 +317,6 @@ def test_tokens_that_the_model_does_not_know_are_refused(decoder: Any) -> None:
         oneshot(parse(recipe(folder, "wanda", CUT)))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "llm").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "oneshot").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_recipes_are_read(path: Path) -> None:
     assert OneShotRecipe.load(path).evaluate.perplexity is not None

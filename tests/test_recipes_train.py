@@ -18,8 +18,9 @@ from tests.conftest import LABELS
 from tests.rankings import write_set
 
 ROOT = Path(__file__).parents[1]
-OTHERS = ("accelerate", "llm", "suites")  # folders of what is no recipe
+OTHERS = ("accelerate", "oneshot", "suites")  # folders of what is no recipe
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in OTHERS)
+SAMPLED = ("quickstart", "minilm_fast", "finbert", "instructions_qwen3")  # the others train in `make test-full`
 MODEL_TYPES = {
     "BAAI/bge-reranker-base": "xlm-roberta",
     "ProsusAI/finbert": "bert",
@@ -71,7 +72,11 @@ def write_for(task: Any, folder: Path) -> Path:
 @pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
 )  # transformers 5.17 knows no other
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in SAMPLED else pytest.param(path, marks=pytest.mark.full) for path in RECIPES],
+    ids=[f"{path.parent.name}-{path.stem}" for path in RECIPES],
+)
 def test_a_recipe_trains_to_a_complete_output(
     path: Path, tmp_path: Path, tiny_folder: small.TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

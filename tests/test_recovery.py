@@ -110,10 +110,10 @@ class Kill(TrainerCallback):
     [
         ({}, "prune", 3),
         ({}, "recover", 5),
-        ({}, "recover", 8),
-        (OWN, "prune", 7),
+        pytest.param({}, "recover", 8, marks=pytest.mark.full),
+        pytest.param(OWN, "prune", 7, marks=pytest.mark.full),
         (OWN, "recover", 0),
-        (OWN, "recover", 3),
+        pytest.param(OWN, "recover", 3, marks=pytest.mark.full),
     ],
 )
 def test_a_run_killed_before_at_and_after_the_seam_ends_with_the_same_weights(

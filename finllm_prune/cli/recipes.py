@@ -85,7 +85,7 @@ def plan(
 
 
 def oneshot(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, as recipes/llm/wanda_qwen3.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, as recipes/oneshot/wanda_qwen3.yaml.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Values to change; a value is YAML.")
     ] = None,
@@ -94,7 +94,7 @@ def oneshot(
     """Prune a causal language model without training, block by block, and measure and prove what was written.
 
     \b
-    finllm-prune oneshot recipes/llm/wanda_qwen3.yaml model=outputs/mine pruning.oneshot=sparsegpt
+    finllm-prune oneshot recipes/oneshot/wanda_qwen3.yaml model=outputs/mine pruning.oneshot=sparsegpt
 
     At most one block has weights at a time. `finllm-prune run` trains on from the result.
     """

@@ -109,7 +109,7 @@ def parse(data: dict[str, Any]) -> OneShotRecipe:
     refuse_unknown(data, [f.name for f in dataclasses.fields(OneShotRecipe) if f.name != "resolved"], "")
     for key in ("model", "pruning", "output"):
         if data.get(key) is None:
-            raise InputError(f"{key}: this key is missing; see recipes/llm/wanda_qwen3.yaml for a whole recipe")
+            raise InputError(f"{key}: this key is missing; see recipes/oneshot/wanda_qwen3.yaml for a whole recipe")
     pruning = _cut(data["pruning"])
     calibration = _calibration(data.get("calibration"), pruning.oneshot)
     if calibration is not None and isinstance(pruning.oneshot, Calibrated) and calibration.rows is not None:
