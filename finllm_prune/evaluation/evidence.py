@@ -72,7 +72,7 @@ class Evidence:
     """What was found.
 
     Args:
-        headline: the metric that is the mean worth of the units, which the test and the slices look at.
+        headline: what the test and the slices look at, the mean worth of the units: a metric's name, or words.
         unit: what one is called: row, query.
         units: how many were judged.
         alpha: of the test.
@@ -124,7 +124,7 @@ def collect(
     tested = not_worse(both.worth["dense"], both.worth["pruned"], questions.test)
     told = len(both.unit_of) > 0
     return Evidence(
-        headline=both.headline(),
+        headline=judge.headline,
         unit=judge.unit,
         units=len(judge),
         alpha=questions.alpha,
@@ -169,14 +169,6 @@ class _Both:
     def first_rows(self) -> datasets.Dataset:
         """One row of each unit, in their order."""
         return self.rows.select(np.unique(self.unit_of, return_index=True)[1])
-
-    def headline(self) -> str:
-        """The metric that is the mean worth of the units, by its name."""
-        means = {kind: worth.mean() for kind, worth in self.worth.items()}
-        for name in self.judge.metrics:
-            if all(abs(self.judge.value(name, given) - means[kind]) < 1e-9 for kind, given in self.answers.items()):
-                return name
-        return "worth"
 
     def calibration(self) -> dict[str, Calibration] | None:
         if not isinstance(self.judge, ClassJudge):
