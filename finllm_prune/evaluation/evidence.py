@@ -19,6 +19,7 @@ from finllm_prune.evaluation.quality import Quality
 from finllm_prune.evaluation.slices import SLICES, slices
 from finllm_prune.evaluation.tax import tax
 from finllm_prune.judges import Answers, ClassJudge, Indices, Judge
+from finllm_prune.tasks.asking import TURNS
 
 FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
 KINDS = ("dense", "pruned")
@@ -192,7 +193,10 @@ class _Both:
         ]  # fmt: skip
 
     def robustness(self, ask: Ask, seed: int) -> list[dict[str, Any]]:
-        """How often each model changes its mind when texts change a little; only those that do change are asked again."""
+        """How often each model changes its mind when texts change a little; only those that do change are asked again.
+
+        Prompts of several turns stay as they are: no change knows which of the turns it is about.
+        """
         names = {cls: name for name, cls in PERTURBATIONS.items()}
         units, most = np.arange(len(self.judge)), self.questions.sample
         if most is not None and most < len(units):
@@ -202,7 +206,8 @@ class _Both:
         found = []
         for change in self.questions.perturbations:
             texts = change(drawn, seed)
-            moved = [place for place, text in enumerate(drawn["text"]) if text != texts[place]]
+            before = enumerate(drawn["text"])
+            moved = [place for place, text in before if text != texts[place] and not text.startswith(TURNS)]
             figures: dict[str, Any] = {"change": names[type(change)], "of": len(units), "rows": 0}
             if moved:
                 content = drawn[moved] | {"text": [texts[place] for place in moved]}
