@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints import LOSSY, SERVED, find_format, serve
+from finllm_prune.errors import warned
 from finllm_prune.evaluation import (
     Quality,
     Report,
@@ -88,10 +89,12 @@ def conclude(
     if recorder is not None:
         recorder.save(work / RECORD_FILE)
         draw_record(work / RECORD_FILE, work / "plots")
-    write_card(report.to_dict(), work, recipe.export)
+    with warned("The card", f"write it with `finllm-prune card {recipe.output}`"):
+        write_card(report.to_dict(), work, recipe.export)
     close_work(work, work)
     publish(work, recipe.output)
-    write_page(recipe.output)  # of files that are there, and can be made again from them
+    with warned("The page", f"write it with `finllm-prune report {recipe.output}`"):
+        write_page(recipe.output)
     return report
 
 

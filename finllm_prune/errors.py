@@ -1,5 +1,11 @@
 """The errors that a user can act on. Each message is one sentence: what is wrong, where, and the remedy."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
 
 class InputError(ValueError):
     """A recipe, data set or model that cannot be used as given; found before training starts (exit code 2)."""
@@ -16,3 +22,14 @@ class HubError(RuntimeError):
 def one_line(error: BaseException) -> str:
     """What a library said, as a part of such a sentence."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def warned(what: str, remedy: str) -> Iterator[None]:
+    """Whatever fails in the block is a warning: what it writes is of what was measured, which stands without it."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(
+            "%s could not be written (%s); all else is there: %s.", what, one_line(error) or repr(error), remedy
+        )

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 import finllm_prune.prepare
 from finllm_prune.checkpoints import verify
 from finllm_prune.evaluation import flops, parameter_bytes
+from finllm_prune.pages import write_page
 from finllm_prune.plan import plan
 from finllm_prune.recipe import parse
 from finllm_prune.run import run
@@ -58,8 +59,9 @@ def test_each_format_of_a_run_is_told_for_what_it_is(content: dict[str, Any]) ->
 
 
 def test_answers_that_took_long_are_kept_for_runs_that_share_the_dense_model(
-    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The second of them, whose page cannot be made, is not lost."""
     monkeypatch.setattr("finllm_prune.conclusion._LONG", 0.0)
     monkeypatch.setattr("finllm_prune.conclusion.CACHE", tmp_path / "home")
     plain = {"pruning": {"rules": [{"target": "mlp", "sparsity": 0.5}]}, "export": ["masked"]}
@@ -69,6 +71,7 @@ def test_answers_that_took_long_are_kept_for_runs_that_share_the_dense_model(
     assert len(kept) == 2, "of the dense and of the pruned model"
     stamps = [path.stat().st_mtime_ns for path in kept]
     plain["pruning"]["rules"][0]["sparsity"] = 0.75
+    monkeypatch.setattr("finllm_prune.conclusion.write_page", lambda output: write_page(output / "nowhere"))
     second = run(
         parse(
             content
@@ -78,6 +81,8 @@ def test_answers_that_took_long_are_kept_for_runs_that_share_the_dense_model(
     )
     assert first is not None
     assert second is not None
+    assert f"write it with `finllm-prune report {tmp_path / 'second'}`" in caplog.text
+    assert (tmp_path / "second" / "report.json").is_file()
     assert len(list((tmp_path / "home" / "answers").iterdir())) == 3, "the dense model is not asked again"
     assert [path.stat().st_mtime_ns for path in kept] == stamps
     dense = [report.quality.metrics["accuracy"]["dense"] for report in (first, second)]

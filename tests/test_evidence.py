@@ -14,6 +14,7 @@ from finllm_prune.evaluation import compare
 from finllm_prune.evaluation.evidence import KINDS, Questions, collect
 from finllm_prune.judges import ClassJudge
 from finllm_prune.recipe import parse
+from finllm_prune.tasks.asking import turns_text
 
 LABELS = ["low", "high"]
 RECIPE: dict[str, Any] = {
@@ -63,6 +64,9 @@ def test_what_is_asked_is_a_sample_of_what_changes_and_texts_are_told_apart() ->
     assert all(row["lost"] and (row["truth"], row["pruned"]) == ("high", "low") for row in found.changed)
     assert "Alpha" not in json.dumps(found.to_dict())
     assert collect(judge, rows, logits, quality, ask, Questions(texts=False), resamples=9).changed is None
+    turns = datasets.Dataset.from_dict({"text": [turns_text([{"role": "user", "content": text}]) for text in texts]})
+    found = collect(judge, turns, logits, quality, ask, Questions(), resamples=9)
+    assert [entry["rows"] for entry in found.robustness] == [0, 0, 0], "they would be turns no longer"
 
 
 def test_a_recipe_chooses_what_is_asked() -> None:

@@ -26,6 +26,7 @@ from finllm_prune.tasks.instructions import Instructions
 from finllm_prune.training import Distillation, PruningTrainer, Teacher
 from tests import small
 from tests.causal import CHAT, byte_tokenizer, causal
+from tests.test_suite import Page
 from tests.test_trainer import assert_same
 
 ROWS = [
@@ -290,6 +291,10 @@ def test_a_run_on_qwen3_is_proved_and_writes_with_plain_transformers(
     assert sum(counts.values()) == len(list(compact.parameters())), "what is tied lies there once"
     card = (out / "README.md").read_text()
     assert 'pipeline("text-generation", model="out/ragged-remote")' in card
+    page = " ".join(Page((out / "report.html").read_text()).text.split())
+    assert "by more than 0.01 of log-likelihood of a token" in card, "which is no share"
+    assert "than dense in log-likelihood of a token" in page
+    assert "worse by more than 0.01 (one-sided" in page
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from finllm_prune.checkpoints import verify, zero_counts
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
+from finllm_prune.hub.parcel import pack
 from finllm_prune.loading import load_tokenizer
 from finllm_prune.oneshot import OneShotRecipe, oneshot
 from finllm_prune.oneshot.blocks import influence, perplexity_without
@@ -132,6 +133,10 @@ def test_what_is_reported_is_what_plain_transformers_finds_in_the_files(
     again = OneShotRecipe.load(tmp_path / "out" / "recipe.yaml")
     assert parse(again.resolved) == again
     assert call("oneshot", path, f"output={tmp_path / 'out'}") == 2
+    with pytest.raises(InputError, match=r"no gates were asked of this model, .* --allow-failed-gates"):
+        pack(tmp_path / "out", "org/name")
+    files = pack(tmp_path / "out", "org/name", allow_failed_gates=True).files
+    assert b"**NO GATES were asked of this model" in files["README.md"]  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from finllm_prune.recipe import parse
 from finllm_prune.sweep import Grid, Result, Results, Setting
 from finllm_prune.sweep.devices import find_devices
 from finllm_prune.sweep.grid import cells_of, teacher_of
-from finllm_prune.sweep.plot import draw_pareto
+from finllm_prune.sweep.sweep import write_results
 from finllm_prune.sweep.workers import Job, held, last_line, work
 from tests import small
 from tests.conftest import Call
@@ -161,7 +161,9 @@ def result(value: float, seed: int, pruned: float, passed: bool = True, **costs:
     )  # fmt: skip
 
 
-def test_the_smallest_setting_of_which_every_seed_passed_is_picked_and_no_seed_by_its_score(tmp_path: Path) -> None:
+def test_the_smallest_setting_of_which_every_seed_passed_is_picked_and_no_seed_by_its_score(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = [
         Setting(0.3, [result(0.3, 1, 0.7), result(0.3, 2, 0.72)], 0),
         Setting(0.5, [result(0.5, 1, 0.78), result(0.5, 2, 0.82)], 0),
@@ -182,7 +184,9 @@ def test_the_smallest_setting_of_which_every_seed_passed_is_picked_and_no_seed_b
     assert [row[1] for row in rows] == ["1", "2", "mean"] * 3 + ["2"]
     assert rows[5][2] == "0.800 ± 0.028"
     assert rows[7][-2] == "FAILED agreement"
-    draw_pareto(results, tmp_path / "pareto.png")
+    write_results(results, tmp_path)
+    assert "page of the sweep could not be written" in caplog.text, "no cell has a report"
+    assert json.loads((tmp_path / "sweep.json").read_text()) == plain
     assert (tmp_path / "pareto.png").stat().st_size > 0
     same = [Setting(value, [result(value, 1, 0.8, bytes=1.0)], 0) for value in (0.5, 0.9, 0.7)]
     best = Results("sparsity", "mse", same, {}).smallest()

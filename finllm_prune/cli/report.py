@@ -19,7 +19,7 @@ def report(
 
     \b
     finllm-prune report outputs/quickstart
-    finllm-prune report outputs/sweep/* --out sweep.html
+    finllm-prune report outputs/sweep/sparsity-*/ --out compared.html
 
     Of one run: quality, costs, what was cut and when. Of several: a table, the Pareto fronts of quality against time, size and
     kept weights, and links to the runs' own pages; runs on other data or tasks stand apart, and no text of the data is told.

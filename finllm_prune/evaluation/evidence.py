@@ -19,6 +19,7 @@ from finllm_prune.evaluation.quality import Quality
 from finllm_prune.evaluation.slices import SLICES, slices
 from finllm_prune.evaluation.tax import tax
 from finllm_prune.judges import Answers, ClassJudge, Indices, Judge
+from finllm_prune.tasks.asking import TURNS
 
 FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
 KINDS = ("dense", "pruned")
@@ -72,7 +73,7 @@ class Evidence:
     """What was found.
 
     Args:
-        headline: the metric that is the mean worth of the units, which the test and the slices look at.
+        headline: what the test and the slices look at, the mean worth of the units: a metric's name, or words.
         unit: what one is called: row, query.
         units: how many were judged.
         alpha: of the test.
@@ -124,7 +125,7 @@ def collect(
     tested = not_worse(both.worth["dense"], both.worth["pruned"], questions.test)
     told = len(both.unit_of) > 0
     return Evidence(
-        headline=both.headline(),
+        headline=judge.headline,
         unit=judge.unit,
         units=len(judge),
         alpha=questions.alpha,
@@ -170,14 +171,6 @@ class _Both:
         """One row of each unit, in their order."""
         return self.rows.select(np.unique(self.unit_of, return_index=True)[1])
 
-    def headline(self) -> str:
-        """The metric that is the mean worth of the units, by its name."""
-        means = {kind: worth.mean() for kind, worth in self.worth.items()}
-        for name in self.judge.metrics:
-            if all(abs(self.judge.value(name, given) - means[kind]) < 1e-9 for kind, given in self.answers.items()):
-                return name
-        return "worth"
-
     def calibration(self) -> dict[str, Calibration] | None:
         if not isinstance(self.judge, ClassJudge):
             return None
@@ -200,7 +193,10 @@ class _Both:
         ]  # fmt: skip
 
     def robustness(self, ask: Ask, seed: int) -> list[dict[str, Any]]:
-        """How often each model changes its mind when texts change a little; only those that do change are asked again."""
+        """How often each model changes its mind when texts change a little; only those that do change are asked again.
+
+        Prompts of several turns stay as they are: no change knows which of the turns it is about.
+        """
         names = {cls: name for name, cls in PERTURBATIONS.items()}
         units, most = np.arange(len(self.judge)), self.questions.sample
         if most is not None and most < len(units):
@@ -210,7 +206,8 @@ class _Both:
         found = []
         for change in self.questions.perturbations:
             texts = change(drawn, seed)
-            moved = [place for place, text in enumerate(drawn["text"]) if text != texts[place]]
+            before = enumerate(drawn["text"])
+            moved = [place for place, text in before if text != texts[place] and not text.startswith(TURNS)]
             figures: dict[str, Any] = {"change": names[type(change)], "of": len(units), "rows": 0}
             if moved:
                 content = drawn[moved] | {"text": [texts[place] for place in moved]}

@@ -34,6 +34,7 @@ class ClassJudge:
     metrics: Sequence[str]
 
     unit: ClassVar[str] = "row"
+    headline: ClassVar[str] = "accuracy"
     flips: ClassVar[tuple[str, str]] = ("right_to_wrong", "wrong_to_right")
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ class Judge(Protocol):
     Attributes:
         unit: what the bootstrap draws and a test pairs, in one word: a row, or a query with its candidates.
         metrics: names for ``value``.
+        headline: what the mean worth of the units is: a metric's name, or words.
         flips: what a unit is called that lost by pruning, and one that won.
     """
 
@@ -25,6 +26,9 @@ class Judge(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]: ...
+
+    @property
+    def headline(self) -> str: ...
 
     @property
     def flips(self) -> tuple[str, str]: ...

@@ -33,6 +33,7 @@ class LabelSetJudge:
     threshold: float = 0.5
 
     unit: ClassVar[str] = "row"
+    headline: ClassVar[str] = "accuracy"
     flips: ClassVar[tuple[str, str]] = ("right_to_wrong", "wrong_to_right")
 
     def __len__(self) -> int:

@@ -31,6 +31,7 @@ class ScoreJudge:
     tolerance: float
 
     unit: ClassVar[str] = "row"
+    headline: ClassVar[str] = "negative squared error"
     flips: ClassVar[tuple[str, str]] = ("worse", "better")
 
     def __len__(self) -> int:

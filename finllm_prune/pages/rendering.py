@@ -28,6 +28,8 @@ def _environment(folder: Path) -> jinja2.Environment:
         "p": p_value,
         "signed": wording.signed,
         "change": wording.change,
+        "amount": wording.amount,
+        "in_points": wording.in_points,
         "percent": wording.percent,
         "metric": wording.metric,
         "plural": wording.plural,

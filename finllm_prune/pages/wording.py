@@ -1,7 +1,7 @@
 """Figures in words, as tables and pages write them."""
 
-from finllm_prune.evaluation.report import TITLES
-from finllm_prune.metrics import ERRORS
+from finllm_prune.evaluation.non_inferiority import points
+from finllm_prune.evaluation.report import GATES, TITLES
 
 
 def signed(value: float) -> str:
@@ -10,8 +10,18 @@ def signed(value: float) -> str:
 
 
 def change(value: float, metric: str) -> str:
-    """A difference of a metric: in points, and of an error in the metric's own unit."""
-    return _minus(f"{value:+.3f}") if metric in ERRORS else signed(value)
+    """A difference of a metric, with its sign: in points, or in the metric's own unit."""
+    return signed(value) if in_points(metric) else _minus(f"{value:+.3f}")
+
+
+def in_points(metric: str) -> bool:
+    """Whether it is a share, or a correlation; an error or a likelihood has a unit of its own."""
+    return GATES.get(metric) == "min"
+
+
+def amount(value: float, metric: str) -> str:
+    """A difference without its sign, with its unit."""
+    return points(abs(value)) if in_points(metric) else f"{abs(value):.3g}"
 
 
 def percent(part: float) -> str:

@@ -25,7 +25,7 @@ class SetResult:
         fingerprint: of the data.
         units: how many were judged.
         unit: what one is called: row, query.
-        headline: the metric that is the mean worth of the units, which the test and the slices look at.
+        headline: what the test and the slices look at, the mean worth of the units: a metric's name, or words.
         quality: metrics with intervals, agreement, flips, paired test.
         tested: whether pruned is not worse than dense by more than the margin.
         calibration: of ``dense`` and ``pruned``; None where there are no classes.

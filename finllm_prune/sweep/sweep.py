@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, warned
 from finllm_prune.evaluation import refuse_out_of_reach
 from finllm_prune.pages import PAGE, compare_runs
 from finllm_prune.prepare import read
@@ -125,7 +125,7 @@ def run_sweep(sweep: Sweep, tell: Tell = lambda name, code: None) -> Outcome:
                 if not _stands(sweep.missing[job.name])
             }
         results = Results.of(sweep.cells, failed)
-        _write(results, sweep.output)
+        write_results(results, sweep.output)
         return Outcome(results, _pick(results, sweep.output) if sweep.pick else None)
 
 
@@ -194,12 +194,13 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _write(results: Results, output: Path) -> None:
+def write_results(results: Results, output: Path) -> None:
     """All that tells of the cells together."""
     save_text(f"{json.dumps(results.to_dict(), indent=2)}\n", output / RESULTS)
     if results.settings:
-        draw_pareto(results, output / "pareto.png")
-        compare_runs([output / result.cell for each in results.settings for result in each.results], output / PAGE)
+        with warned("Plot and page of the sweep", "write them with the same command and --resume"):
+            draw_pareto(results, output / "pareto.png")
+            compare_runs([output / result.cell for each in results.settings for result in each.results], output / PAGE)
 
 
 def _pick(results: Results, output: Path) -> Result | None:

@@ -13,7 +13,7 @@ from finllm_prune.errors import InputError, one_line
 
 NOT_LEARNED = -100
 TEXT = "{text}"  # the place of a row's text in a template
-_TURNS = '[{"role": '  # how the text of a row of several turns begins
+TURNS = '[{"role": '  # how the text of a row of several turns begins
 _ROOM = 8  # tokens of a text that a prompt leaves room for
 
 Turn = dict[str, str]
@@ -78,7 +78,7 @@ class Asking:
         return self.tokenizer.chat_template is not None
 
     def _turns(self, text: str) -> list[Turn]:
-        if self.template is None and text.startswith(_TURNS):
+        if self.template is None and text.startswith(TURNS):
             turns: list[Turn] = json.loads(text)
             return turns
         return [{"role": "user", "content": text if self.template is None else self.template.replace(TEXT, text)}]
