@@ -303,6 +303,8 @@ def test_adapters_beside_a_head_that_is_tied_to_the_embeddings(tmp_path: Path, m
     plain = recipe(base, data, out) | {"peft": peft, "export": ["masked", "compact"]}
     plain["training"] |= {"bf16": True}
     plain["pruning"]["oneshot"] = {"name": "activations", "rows": 2}
+    with pytest.raises(InputError, match=r"peft\.target_modules: the head of a language model"):
+        run(parse(plain | {"peft": {"target_modules": ["q_proj", "lm_head"]}}))
     report = run(parse(plain))
     assert report is not None
     dense, compact = causal(), AutoModelForCausalLM.from_pretrained(out / "compact")

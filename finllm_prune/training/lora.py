@@ -65,11 +65,17 @@ def adapt(model: PreTrainedModel, lora: Lora | None, seed: int, groups: Sequence
         A ``peft.PeftModel``, which trains and is called like the model; or the model itself.
 
     Raises:
-        InputError: peft is not installed, ``target_modules`` names nothing, or gradients cannot be estimated.
+        InputError: peft is not installed, ``target_modules`` names nothing or the head of a language model, or gradients
+            cannot be estimated.
     """
     if lora is None:
         return model
     causal = model.get_output_embeddings() is not None
+    if causal and any(name in str(lora.target_modules) for name in ("lm_head", "embed_tokens")):
+        raise InputError(
+            "peft.target_modules: the head of a language model and its embeddings, mostly one matrix, stay as they are; leave "
+            "them out, or use all-linear"
+        )
     parts = {name: list(part.parameters()) for name, part in model.named_children()}
     heads = [name for name, held in parts.items() if held and name != model.base_model_prefix]
     config = _peft().LoraConfig(
