@@ -192,11 +192,14 @@ def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner) -> Non
     task_loss = ready.recipe.task.loss(ready.examples)
     rules, method, seed = ready.recipe.pruning.rules, ready.recipe.pruning.oneshot, ready.arguments.seed
     asked = [rule.budget.rows for rule in rules if isinstance(rule.budget, Sensitivity)]
-    if asked:
-        measure_sensitivity(student, pruner.groups, sample(max(asked)), loss if task_loss is not None else None)
-    if method is not None:
-        batches = sample(method.rows) if isinstance(method, Calibrated) else []
-        prune_once(student, find_architecture(student.config.model_type), pruner, method, batches)
+    lora = ready.recipe.peft
+    mixed = lora is not None and lora.base_dtype == "bfloat16"  # the head is fp32
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=mixed):
+        if asked:
+            measure_sensitivity(student, pruner.groups, sample(max(asked)), loss if task_loss is not None else None)
+        if method is not None:
+            batches = sample(method.rows) if isinstance(method, Calibrated) else []
+            prune_once(student, find_architecture(student.config.model_type), pruner, method, batches)
 
 
 def _trainer(

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, pipeline
 
 from finllm_prune.checkpoints import verify
@@ -295,6 +296,33 @@ def test_a_run_on_qwen3_is_proved_and_writes_with_plain_transformers(
     assert "by more than 0.01 of log-likelihood of a token" in card, "which is no share"
     assert "than dense in log-likelihood of a token" in page
     assert "worse by more than 0.01 (one-sided" in page
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft still asks for it
+def test_adapters_beside_a_head_that_is_tied_to_the_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.few_resamples(monkeypatch)
+    base, data, out = tmp_path / "base", write(tmp_path / "data"), tmp_path / "out"
+    causal().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    peft = {"r": 4, "base_dtype": "bfloat16", "keep_adapter": True}
+    plain = recipe(base, data, out) | {"peft": peft, "export": ["masked", "compact"]}
+    plain["training"] |= {"bf16": True}
+    plain["pruning"]["oneshot"] = {"name": "activations", "rows": 2}
+    with pytest.raises(InputError, match=r"peft\.target_modules: the head of a language model"):
+        run(parse(plain | {"peft": {"target_modules": ["q_proj", "lm_head"]}}))
+    report = run(parse(plain))
+    assert report is not None
+    dense, compact = causal(), AutoModelForCausalLM.from_pretrained(out / "compact")
+    assert torch.equal(compact.lm_head.weight, dense.lm_head.weight.bfloat16().float())
+    assert compact.lm_head.weight is compact.model.embed_tokens.weight
+    assert (compact.config.num_key_value_heads, compact.config.intermediate_size) == (1, 48)
+    for name in ("masked", "compact", "lora/base"):
+        assert verify(out / name)
+    beside = AutoModelForCausalLM.from_pretrained(out / "lora" / "base")
+    asked = {"input_ids": torch.arange(5, 45).view(4, 10)}
+    assert not torch.allclose(beside(**asked).logits, compact(**asked).logits, atol=1e-4)
+    both = PeftModel.from_pretrained(beside, str(out / "lora" / "adapter"))
+    torch.testing.assert_close(both(**asked).logits, compact(**asked).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,13 @@ def test_a_resumed_run_is_exact_and_its_checkpoints_hold_no_frozen_weight(
         assert not any(name.endswith("weight/parked") for name in kept[1])
 
 
+def test_a_base_in_bf16_keeps_its_rotary_frequencies() -> None:
+    before = dict(tiny_model("llama").named_buffers())
+    merged = merge(adapt(tiny_model("llama"), Lora(r=4, base_dtype="bfloat16"), 1))
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in merged.named_buffers())
+
+
 @pytest.fixture
 def data(tmp_path: Path, tiny_folder: small.TinyFolder, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     small.few_resamples(monkeypatch)
@@ -293,7 +300,8 @@ def test_masks_of_one_shot_stay_while_adapters_recover(data: dict[str, Any]) -> 
         data
         | {
             "pruning": {"rules": rules, "oneshot": oneshot},
-            "peft": {"r": 4},
+            "peft": {"r": 4, "base_dtype": "bfloat16"},
+            "training": data["training"] | {"bf16": True},
             "export": ["masked"],
             "dense": {"checkpoint": data["model"]},
         }
@@ -306,7 +314,7 @@ def test_masks_of_one_shot_stay_while_adapters_recover(data: dict[str, Any]) -> 
     name = "model.layers.1.mlp.up_proj.weight"
     now, before = (found[name] for found in weights)
     assert bool(((now != 0).view(-1, 4).sum(1) == 2).all())
-    assert not torch.equal(now[now != 0], before[now != 0])
+    assert not torch.equal(now[now != 0], before.bfloat16().float()[now != 0])
 
 
 MATRIX = [{"target": "encoder", "sparsity": 0.5}]

@@ -284,6 +284,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"export": ["onnx"]}, "export: onnx holds classifiers"),
     ({"evaluate": {"perplexity": False, "labels": {"prompt": "?"}}}, "evaluate.labels.prompt: {text} is missing"),
     ({"evaluate": {"perplexity": False, "labels": {"task": "reranking", "tokens": 60}}}, "evaluate.labels.task.name: "),
+    ({"evaluate": {"perplexity": False, "labels": {"task": "instructions", "tokens": 60}}}, "evaluate.labels.task.name: "),
     ({"evaluate": {"perplexity": {"tokens": 100}}}, "evaluate.perplexity.tokens: the model reads at most 70 tokens"),
     ({"calibration": {"dataset": "/nowhere", "tokens": 24}}, "calibration.dataset: there is no folder '/nowhere'"),
     ({"memory": {"device": "abacus"}}, "memory.device: there is no 'abacus' here"),

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints import masked
-from finllm_prune.checkpoints.proof import TOLERANCE, compare_logits, logits_of, probe_of
+from finllm_prune.checkpoints.proof import compare_logits, logits_of, probe_of, read_model, tolerance_of
 from finllm_prune.staging import staged
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def save_apart(adapted: "PeftModel", tokenizer: PreTrainedTokenizerBase, folder:
     """Write ``base``, whose zeros are proved as those of ``masked``, and ``adapter``; returns the two merged (fp32).
 
     Raises:
-        ProofError: what was written does not say what the merged model says, within 1e-5; then no folder is left behind.
+        ProofError: what was written does not say what the merged model says (``tolerance_of``); then no folder is left behind.
     """
     from peft import PeftModel
 
@@ -32,12 +32,13 @@ def save_apart(adapted: "PeftModel", tokenizer: PreTrainedTokenizerBase, folder:
         adapted.save_pretrained(str(partial / "adapter"), save_embedding_layers=False)
         (partial / "adapter" / "README.md").unlink(missing_ok=True)  # an empty form; the card lies in the run's output
         merged: PreTrainedModel = adapted.merge_and_unload()
-        base = AutoModelForSequenceClassification.from_pretrained(partial / "base", trust_remote_code=False)
+        base = read_model(partial / "base")
         base.name_or_path = ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers 5.23 has renamed
             read = PeftModel.from_pretrained(base, str(partial / "adapter")).get_base_model()
         probe = probe_of(merged)
-        compare_logits(logits_of(read, probe), logits_of(merged, probe), folder, TOLERANCE)
+        expected = logits_of(merged, probe)
+        compare_logits(logits_of(read, probe), expected, folder, tolerance_of(expected, torch.float32))
     nn.Module.to(merged, device=device)
     return merged

@@ -39,7 +39,7 @@ def save_proved(
         tokenizer.save_pretrained(partial)
         probe = probe_of(model)
         expected = logits_of(model, probe)
-        reloaded, tolerance = _load(partial), tolerance_of(expected, model.dtype)
+        reloaded, tolerance = read_model(partial), tolerance_of(expected, model.dtype)
         compare_logits(logits_of(reloaded, probe), expected, folder, tolerance)
         zeros = zero_counts(smaller)
         written = reloaded.state_dict()
@@ -75,7 +75,7 @@ def verify(folder: Path) -> dict[str, Any]:
     if format_name in SERVED:
         find_format(format_name)  # that a package is missing is no fault of the files
     try:
-        model = serve(folder) if format_name in SERVED else _load(folder)
+        model = serve(folder) if format_name in SERVED else read_model(folder)
         got = logits_of(model, inputs)
     except Exception as error:  # a damaged config or graph makes their libraries trip over anything
         raise ProofError(f"{folder}: its files cannot be loaded: {one_line(error)}; export it anew") from error
@@ -146,7 +146,8 @@ def agreement(got: Tensor, expected: Tensor) -> float:
     return float((got.argmax(-1) == expected.argmax(-1)).float().mean())
 
 
-def _load(folder: Path) -> PreTrainedModel:
+def read_model(folder: Path) -> PreTrainedModel:
+    """A finished model with its head, by transformers alone."""
     kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     model: PreTrainedModel = kind.from_pretrained(folder, trust_remote_code=False)
     return model

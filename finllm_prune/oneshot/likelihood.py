@@ -170,7 +170,7 @@ class Labels:
         settings = mapping(self.task, "evaluate.labels.task")
         name = settings.pop("name", "sentiment")
         task = build(find_task(name), settings, "evaluate.labels.task")
-        if not isinstance(task, Classification):
+        if not isinstance(task, Classification) or task.pipeline_tag == "text-generation":
             raise InputError(f"evaluate.labels.task.name: {name} has no labels; name sentiment or filings")
         return task
 

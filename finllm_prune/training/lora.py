@@ -56,6 +56,8 @@ class Lora:
 def adapt(model: PreTrainedModel, lora: Lora | None, seed: int, groups: Sequence[Group] = ()) -> Any:
     """Put fresh adapters beside a model's linear layers, and freeze all but these and the head; None changes nothing.
 
+    The head of a causal language model is no task's, and mostly its embeddings: it is frozen like them.
+
     Args:
         groups: of a pruner of this model, which are told of their adapters.
 
@@ -63,18 +65,27 @@ def adapt(model: PreTrainedModel, lora: Lora | None, seed: int, groups: Sequence
         A ``peft.PeftModel``, which trains and is called like the model; or the model itself.
 
     Raises:
-        InputError: peft is not installed, ``target_modules`` names nothing, or gradients cannot be estimated.
+        InputError: peft is not installed, ``target_modules`` names nothing or the head of a language model, or gradients
+            cannot be estimated.
     """
     if lora is None:
         return model
+    causal = model.get_output_embeddings() is not None
+    if causal and any(name in str(lora.target_modules) for name in ("lm_head", "embed_tokens")):
+        raise InputError(
+            "peft.target_modules: the head of a language model and its embeddings, mostly one matrix, stay as they are; leave "
+            "them out, or use all-linear"
+        )
     parts = {name: list(part.parameters()) for name, part in model.named_children()}
     heads = [name for name, held in parts.items() if held and name != model.base_model_prefix]
     config = _peft().LoraConfig(
-        task_type="SEQ_CLS", r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
-        target_modules=lora.target_modules, modules_to_save=heads,
+        task_type="CAUSAL_LM" if causal else "SEQ_CLS", modules_to_save=None if causal else heads,
+        target_modules=lora.target_modules, r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
     )  # fmt: skip
     model.name_or_path = ""  # else each checkpoint asks the Hub for a config
-    nn.Module.to(model, dtype=getattr(torch, lora.base_dtype))
+    for parameter in model.parameters():  # buffers stay: rotary frequencies that are rounded to bf16 are others
+        parameter.data = parameter.data.to(getattr(torch, lora.base_dtype))
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers 5.23 has renamed

@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 
 Row = dict[str, Any]
 
+_OFF = {"moments": "float32"}  # a knob's value where it is off, though neither null nor false
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -54,7 +56,8 @@ def digest(data: Any) -> str:
 def what_is_on(data: Any) -> Any:
     """Plain data without the knobs that are off."""
     if isinstance(data, dict):
-        return {key: what_is_on(value) for key, value in data.items() if value is not None and value is not False}
+        on = {k: v for k, v in data.items() if v is not None and v is not False and v != _OFF.get(k)}
+        return {key: what_is_on(value) for key, value in on.items()}
     return [what_is_on(item) for item in data] if isinstance(data, list) else data
 
 
