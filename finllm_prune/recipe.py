@@ -37,7 +37,7 @@ from finllm_prune.pruning import (
     refuse_unfillable,
     refuse_unfit,
 )
-from finllm_prune.settings import build, mapping, named, read_yaml, refuse_unknown, typed
+from finllm_prune.settings import build, mapping, named, parse_file, plain, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
 from finllm_prune.training import Distillation, Lora, Recording, Recovery, refuse_beside_lora, refuse_unrecoverable
 from finllm_prune.vocabulary import Trim
@@ -151,11 +151,7 @@ class Recipe:
         Raises:
             InputError: one sentence with the file, the key and the remedy.
         """
-        data = read_yaml(path, overrides, "recipe")
-        try:
-            return parse(data)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        return parse_file(path, overrides, "recipe", parse)
 
 
 def parse(data: dict[str, Any]) -> Recipe:
@@ -381,17 +377,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
         for name, cls in table.items()
     }
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "resolved"}
-            return {"name": names[type(value)], **fields} if type(value) in names else fields
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return str(value) if isinstance(value, Path) else value
-
-    data: dict[str, Any] = plain(recipe)
+    data: dict[str, Any] = plain(recipe, names, lambda _: ["resolved"])
     if recipe.recovery is not None:
         data["recovery"] = {"keep_moments": recipe.recovery.keep_moments, **data["recovery"]["training"]}
     data["task"] = {"name": type(recipe.task).__module__.rpartition(".")[2], **data["task"]}

@@ -33,6 +33,34 @@ def read_yaml(path: Path, overrides: Sequence[str], what: str) -> dict[str, Any]
     return data
 
 
+def parse_file(path: Path, overrides: Sequence[str], what: str, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What ``parse`` makes of such a file; its errors then name the file."""
+    data = read_yaml(path, overrides, what)
+    try:
+        return parse(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def plain(value: Any, names: Mapping[type, str], hidden: Callable[[Any], Iterable[str]]) -> Any:
+    """Dataclasses as data that YAML and JSON can hold and ``build`` and ``named`` can read.
+
+    Args:
+        names: class -> what ``named`` calls it.
+        hidden: of a dataclass, the fields that are left out.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        left_out = set(hidden(value))
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in left_out}
+        made = {key: plain(item, names, hidden) for key, item in fields.items()}
+        return {"name": names[type(value)], **made} if type(value) in names else made
+    if isinstance(value, list | tuple):
+        return [plain(item, names, hidden) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item, names, hidden) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
 def named(table: Mapping[str, type[Any]], value: Any, where: str) -> Any:
     """``cubic`` or ``{name: cubic, begin: 0.2}`` -> an instance of the class of that name."""
     settings = {"name": value} if isinstance(value, str) else mapping(value, where)

@@ -20,9 +20,10 @@ from finllm_prune.pruning import (
     Rule,
     refuse_unfit,
 )
-from finllm_prune.settings import build, hint, mapping, named, read_yaml, refuse_unknown, typed
+from finllm_prune.settings import build, hint, mapping, named, parse_file, plain, refuse_unknown, typed
 
 STREAMED = ("masked", "compact")
+_OF_A_RULE = ("target", "structure", "sparsity")
 WRITTEN = (*STREAMED, "ragged", "packed")  # the others hold the whole model while they are written
 
 
@@ -92,11 +93,7 @@ class OneShotRecipe:
     @staticmethod
     def load(path: Path, overrides: Sequence[str] = ()) -> "OneShotRecipe":
         """Read a YAML file and apply ``key.sub=value`` overrides; raises InputError with the file, the key and the remedy."""
-        data = read_yaml(path, overrides, "recipe")
-        try:
-            return parse(data)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        return parse_file(path, overrides, "recipe", parse)
 
 
 def parse(data: dict[str, Any]) -> OneShotRecipe:
@@ -147,7 +144,7 @@ def _cut(data: Any) -> Cut:
 
 def _rule(data: Any, where: str) -> Rule:
     rule = mapping(data, where)
-    refuse_unknown(rule, ["target", "structure", "sparsity"], where)
+    refuse_unknown(rule, _OF_A_RULE, where)
     for key in ("target", "sparsity"):
         if rule.get(key) is None:
             raise InputError(f"{where}.{key}: this key is missing")
@@ -205,19 +202,11 @@ def _plain(recipe: OneShotRecipe) -> dict[str, Any]:
     """With every default, as ``parse`` can read it."""
     names: dict[type, str] = {cls: name for table in (STRUCTURES, ONESHOT) for name, cls in table.items()}
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            if isinstance(value, Rule):
-                return {key: plain(getattr(value, key)) for key in ("target", "structure", "sparsity")}
-            hidden = {"resolved", *(("rows",) if isinstance(value, Calibrated) else ())}
-            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in hidden}
-            return {"name": names[type(value)], **fields} if type(value) in names else fields
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return str(value) if isinstance(value, Path) else value
+    def hidden(value: Any) -> list[str]:
+        if isinstance(value, Rule):
+            return [f.name for f in dataclasses.fields(value) if f.name not in _OF_A_RULE]
+        return ["resolved", "rows"] if isinstance(value, Calibrated) else ["resolved"]
 
-    data = plain(recipe)
+    data: dict[str, Any] = plain(recipe, names, hidden)
     data["evaluate"] = {key: False if value is None else value for key, value in data["evaluate"].items()}
     return {key: value for key, value in data.items() if value is not None}

@@ -8,10 +8,11 @@ from typing import Any
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import GATES
+from finllm_prune.evaluation.evidence import Questions
 from finllm_prune.evaluation.non_inferiority import NonInferiority
 from finllm_prune.evaluation.perturbations import PERTURBATIONS, Perturbation, changes
 from finllm_prune.evaluation.slices import SLICES
-from finllm_prune.settings import build, mapping, read_yaml, refuse_unknown, typed
+from finllm_prune.settings import build, mapping, parse_file, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
 
 
@@ -100,11 +101,7 @@ class Suite:
         Raises:
             InputError: one sentence with the file, the key and the remedy.
         """
-        data = read_yaml(path, overrides, "suite")
-        try:
-            return parse(data)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        return parse_file(path, overrides, "suite", parse)
 
 
 def parse(data: dict[str, Any]) -> Suite:
@@ -149,8 +146,7 @@ def _entry(data: Any, where: str) -> Entry:
     names = typed(list[str], settings.get("slices", list(SLICES)), f"{where}.slices")
     asked_changes = typed(list[Any], settings.get("perturbations", list(PERTURBATIONS)), f"{where}.perturbations")
     perturbations = changes(asked_changes, f"{where}.perturbations")
-    columns = [name for name in names if name not in SLICES]
-    columns += [column for each in perturbations for column in each.columns()]
+    columns = Questions(slices=names, perturbations=perturbations).columns()
     published = typed(list[Any], settings.get("published") or [], f"{where}.published")
     optional = {key: typed(str | None, settings.get(key), f"{where}.{key}") for key in ("model", "baseline")}
     margin = typed(float | None, settings.get("margin"), f"{where}.margin")
@@ -158,7 +154,7 @@ def _entry(data: Any, where: str) -> Entry:
         raise InputError(f"{where}.margin: it lies between 0 and 1 (0.01 is a point), as {margin:g} does not")
     return Entry(
         name=typed(str, settings["name"], f"{where}.name"),
-        task=_task(task, list(dict.fromkeys(columns)), where),
+        task=_task(task, columns, where),
         slices=names,
         perturbations=perturbations,
         published=[build(Published, each, f"{where}.published.{i}") for i, each in enumerate(published)],
