@@ -17,18 +17,13 @@ EVENTS = "runs"  # transformers' own name for it
 _KEPT = "vocabulary.json"
 _BATCH = "batch.json"
 _SHARING = ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_backend")
-_REMEDY = "use --overwrite to replace it, or set another output"
+REMEDY = "use --overwrite to replace it, or set another output"
 
 
 def check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:
     """Nothing is replaced unless that is asked for, and only a run of the same recipe goes on."""
     output = recipe.output
-    if any(parent.is_file() for parent in output.absolute().parents):
-        raise InputError(f"output: {output} lies below a file; name a folder that can be made")
-    if output.exists() and not (output / "recipe.yaml").is_file():
-        raise InputError(
-            f"output: {output} exists and is not the output of a run, so it is left alone; set another output"
-        )
+    refuse_foreign(output)
     if resume:
         if not work.is_dir():
             raise InputError(f"--resume: there is no unfinished run in {work}; start it without --resume")
@@ -41,9 +36,19 @@ def check_output(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> N
             )
     elif not overwrite:
         if output.exists():
-            raise InputError(f"output: {output} exists; {_REMEDY}")
+            raise InputError(f"output: {output} exists; {REMEDY}")
         if work.exists():
             raise InputError(f"output: an unfinished run lies in {work}; use --resume to go on with it, or --overwrite")
+
+
+def refuse_foreign(output: Path) -> None:
+    """What is to be written must have a place, and nothing but a run's output is ever replaced."""
+    if any(parent.is_file() for parent in output.absolute().parents):
+        raise InputError(f"output: {output} lies below a file; name a folder that can be made")
+    if output.exists() and not (output / "recipe.yaml").is_file():
+        raise InputError(
+            f"output: {output} exists and is not the output of a run, so it is left alone; set another output"
+        )
 
 
 def changed_keys(recipe: Recipe, folder: Path) -> list[str]:

@@ -14,9 +14,8 @@ base's; a tokenizer, for the base's own is that of every task.
 """
 
 import copy
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,15 @@ from transformers import PreTrainedModel
 
 import finllm_prune
 from finllm_prune.checkpoints import bitmask
-from finllm_prune.checkpoints.manifest import DELTA, FORMAT_VERSION, MANIFEST, damaged, read_manifest, sha256
+from finllm_prune.checkpoints.manifest import (
+    DELTA,
+    FORMAT_VERSION,
+    MANIFEST,
+    damaged,
+    read_manifest,
+    sha256,
+    tensors_sha256,
+)
 from finllm_prune.errors import InputError, ProofError, one_line
 from finllm_prune.staging import staged
 
@@ -69,7 +76,7 @@ def write(base: PreTrainedModel, model: PreTrainedModel, folder: Path) -> dict[s
             "format_version": FORMAT_VERSION,
             "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
             "base": {"model_type": base.config.model_type, "sha256": base_sha256(base)},
-            "model": {"sha256": _hash(model.state_dict().items()), "labels": _labels(model)},
+            "model": {"sha256": tensors_sha256(model.state_dict().items()), "labels": _labels(model)},
             "tensors": counts,
             "sha256": {WEIGHTS: sha256(partial / WEIGHTS)},
         }
@@ -128,7 +135,7 @@ def apply(model: PreTrainedModel, folder: str | Path) -> Applied:
             for where, values in _changes(parts, state[name].shape):
                 applied.replaced.append((name, where, _put(model, name, where, values)))
         _set_labels(model, labels)
-        if _hash(model.state_dict().items()) != made.get("sha256"):
+        if tensors_sha256(model.state_dict().items()) != made.get("sha256"):
             raise ValueError("the result is not the model that it was made of")
     except (ValueError, KeyError, IndexError, RuntimeError, TypeError, SafetensorError) as error:
         applied.remove()
@@ -139,16 +146,7 @@ def apply(model: PreTrainedModel, folder: str | Path) -> Applied:
 def base_sha256(model: PreTrainedModel) -> str:
     """What identifies a base: the hash of all its tensors but the head's, which each task has of its own."""
     head = head_names(model)
-    return _hash((name, tensor) for name, tensor in model.state_dict().items() if name not in head)
-
-
-def _hash(state: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state, key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_sha256((name, tensor) for name, tensor in model.state_dict().items() if name not in head)
 
 
 def _difference(base: Tensor, model: Tensor) -> Parts:

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -107,3 +108,12 @@ def sha256(path: Path) -> str:
     """The hash of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(state: Iterable[tuple[str, Tensor]]) -> str:
+    """The hash of names, types, shapes and bytes, in hex, in whatever order they come."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from finllm_prune.checkpoints.manifest import tensors_sha256
 from finllm_prune.staging import save_tensors
 
 _OF_FILES = ("_name_or_path", "transformers_version")
@@ -51,11 +52,7 @@ class Kept:
         return logits
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 of a model in memory: its class and config, its tensors and their names."""
+def fingerprint(model: PreTrainedModel) -> list[Any]:
+    """A model in memory: its class, its config, and the hash of its tensors and their names."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _OF_FILES}
-    digest = hashlib.sha256(json.dumps([type(model).__qualname__, config], default=str, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return [type(model).__qualname__, config, tensors_sha256(model.state_dict().items())]

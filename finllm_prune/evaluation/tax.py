@@ -40,17 +40,9 @@ def _differences(
     judge: ClassJudge, dense: Answers, pruned: Answers, seed: int, resamples: int
 ) -> NDArray[np.float64]:  # fmt: skip
     """Shape (resamples, classes)."""
-    random, classes = np.random.default_rng(seed), len(judge.labels)
-    found = np.empty((resamples, classes))
+    random = np.random.default_rng(seed)
+    found = np.empty((resamples, len(judge.labels)))
     for draw in found:
-        rows = random.integers(len(judge), size=len(judge))
-        truth = judge.references[rows]
-        draw[:] = _f1(pruned[rows, 0], truth, classes) - _f1(dense[rows, 0], truth, classes)
+        rows = random.integers(len(judge), size=(1, len(judge)))
+        draw[:] = judge.f1(pruned, rows)[0] - judge.f1(dense, rows)[0]
     return found
-
-
-def _f1(answers: Answers, truth: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    """Of each class; 0 where it neither occurs nor is answered."""
-    hits, told, there = (np.bincount(each, minlength=classes) for each in (truth[answers == truth], answers, truth))
-    scores: NDArray[np.float64] = 2 * hits / np.maximum(told + there, 1)
-    return scores

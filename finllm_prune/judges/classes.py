@@ -58,6 +58,10 @@ class ClassJudge:
             return one_by_one(self, metric, answers, draws)
         return _OF_COUNTS[metric](self._counts(answers[:, 0], draws))
 
+    def f1(self, answers: Answers, draws: Indices) -> NDArray[np.float64]:
+        """Of each class, (draws, classes); 0 where it neither occurs nor is decided for."""
+        return _f1(self._counts(answers[:, 0], draws))
+
     def worth(self, answers: Answers) -> NDArray[np.float64]:
         return np.asarray(answers[:, 0] == self.references, dtype=np.float64)
 
@@ -95,11 +99,16 @@ def _accuracy(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return share
 
 
+def _f1(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    told_and_there = counts.sum(axis=1) + counts.sum(axis=2)
+    f1: NDArray[np.float64] = 2 * np.diagonal(counts, axis1=1, axis2=2) / np.maximum(told_and_there, 1)
+    return f1
+
+
 def _macro_f1(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of the classes that occur or are decided for."""
-    told_or_there = counts.sum(axis=1) + counts.sum(axis=2)
-    f1 = 2 * np.diagonal(counts, axis1=1, axis2=2) / np.maximum(told_or_there, 1)
-    mean: NDArray[np.float64] = f1.sum(axis=1) / (told_or_there > 0).sum(axis=1)
+    occurring = (counts.sum(axis=1) + counts.sum(axis=2) > 0).sum(axis=1)
+    mean: NDArray[np.float64] = _f1(counts).sum(axis=1) / occurring
     return mean
 
 

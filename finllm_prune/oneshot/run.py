@@ -29,6 +29,7 @@ from finllm_prune.provenance import surroundings
 from finllm_prune.pruning import Activations, Calibrated
 from finllm_prune.staging import staged
 from finllm_prune.tasks import Examples
+from finllm_prune.workfolder import REMEDY, refuse_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,9 @@ def oneshot(recipe: OneShotRecipe, *, overwrite: bool = False) -> OneShotReport:
 def prepare(recipe: OneShotRecipe, *, overwrite: bool) -> Prepared:
     """Read and check everything; raises InputError, and nothing has been written then."""
     output = recipe.output
-    if output.exists() and not (output / "recipe.yaml").is_file():
-        raise InputError(
-            f"output: {output} exists and is not the output of a run, so it is left alone; set another output"
-        )
+    refuse_foreign(output)
     if output.exists() and not overwrite:
-        raise InputError(f"output: {output} exists; use --overwrite to replace it, or set another output")
+        raise InputError(f"output: {output} exists; {REMEDY}")
     location, origin = locate(recipe.model.name)
     model, tokenizer = open_model(location, recipe.memory), load_tokenizer(location)
     plan, evaluate = Plan(model, recipe.pruning.rules), recipe.evaluate

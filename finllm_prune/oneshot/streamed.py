@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.families import Family, find_family
+from finllm_prune.families import Family, find_family, is_causal
 from finllm_prune.hub.pull import pull
 from finllm_prune.loading import load_config
 from finllm_prune.training import Pass, record
@@ -206,7 +206,7 @@ def _refuse(config: PreTrainedConfig, location: str) -> None:
             f"model: {location} is a mixture of experts ({config.model_type}), of which oneshot cannot see what each expert "
             "gets; name a dense model"
         )
-    if not any(name.endswith("ForCausalLM") for name in config.architectures or ()):
+    if not is_causal(config):
         raise InputError(
             f"model: {location} is no causal language model but a {', '.join(config.architectures or [config.model_type])}; "
             "use `finllm-prune run`, whose pruning.oneshot prunes it"

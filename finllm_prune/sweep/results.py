@@ -1,15 +1,13 @@
 """What the cells of a sweep measured: one result each, their means over seeds, the Pareto fronts, the smallest that passes."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finllm_prune.checkpoints import LOSSY
-from finllm_prune.evaluation import GATES
 from finllm_prune.evaluation.pareto import front
 from finllm_prune.metrics import ERRORS
+from finllm_prune.pages import Finished
 from finllm_prune.sweep.grid import Cell
 
 # What a pruned model costs, as parts of the dense one: its encoder's weights that are not zero, bytes, CPU latency.
@@ -81,7 +79,7 @@ class Results:
 
     Args:
         axis: what is varied: "sparsity" or "target".
-        metric: the headline: the metric of the first gate on one, or the task's first.
+        metric: the headline of the first run (``Finished.headline``).
         failed: cell -> why there is no result of it.
     """
 
@@ -93,16 +91,12 @@ class Results:
     @staticmethod
     def of(cells: Sequence[Cell], failed: Mapping[str, str]) -> "Results":
         """Of the cells that are not among the failed ones, from the reports in their folders."""
-        reports = {
-            cell.name: json.loads((cell.recipe.output / "report.json").read_text())
-            for cell in cells
-            if cell.name not in failed
-        }
-        metric = next((headline(report) for report in reports.values()), "")
+        runs = {cell.name: Finished.read(cell.recipe.output, texts=False) for cell in cells if cell.name not in failed}
+        metric = next((run.headline for run in runs.values()), "")
         settings = []
         for value in dict.fromkeys(cell.value for cell in cells):
             mine = [cell for cell in cells if cell.value == value]
-            found = [_result(cell, reports[cell.name], metric) for cell in mine if cell.name in reports]
+            found = [_result(cell, runs[cell.name], metric) for cell in mine if cell.name in runs]
             if found:
                 settings.append(Setting(value, found, len(mine) - len(found)))
         return Results(cells[0].axis, metric, settings, dict(failed))
@@ -183,26 +177,17 @@ def _verdict(result: Result) -> str:
     return "passed" if result.passed else f"FAILED {', '.join(failed) or 'collapsed'}"
 
 
-def headline(report: dict[str, Any]) -> str:
-    """The metric of the first gate on one, or the task's first."""
-    metrics = [name for name in report if name in GATES and isinstance(report[name], dict)]
-    gated = [name.removesuffix("_retention") for name in report["gates"]]
-    return next((name for name in gated if name in metrics), metrics[0])
-
-
-def _result(cell: Cell, report: dict[str, Any], metric: str) -> Result:
-    sizes = {name: size for name, size in report["bytes"].items() if name not in ("dense", *LOSSY)}
-    smallest = min(sizes, key=sizes.__getitem__, default="dense")
+def _result(cell: Cell, run: Finished, metric: str) -> Result:
     return Result(
         cell=cell.name, value=cell.value, seed=cell.seed, **{
-            name: report[metric][name] for name in ("dense", "dense_interval", "pruned", "pruned_interval")
+            name: run.metrics[metric][name] for name in ("dense", "dense_interval", "pruned", "pruned_interval")
         },
-        retention=report[f"{metric}_retention"],
-        agreement=report["agreement"],
-        format=smallest,
-        weights=1.0 - report["sparsity"]["encoder_linear"],
-        bytes=report["bytes"][smallest] / report["bytes"]["dense"],
-        latency=report["latency_ratio"],
-        gates=report["gates"],
-        passed=report["passed"],
+        retention=run.report[f"{metric}_retention"],
+        agreement=run.report["agreement"],
+        format=run.smallest or "dense",
+        weights=run.kept,
+        bytes=run.exact[run.smallest] if run.smallest else 1.0,
+        latency=run.report["latency_ratio"],
+        gates=run.report["gates"],
+        passed=run.report["passed"],
     )  # fmt: skip
