@@ -260,7 +260,9 @@ def _held(trainer: PruningTrainer) -> int:
 
 
 def _parked(group: Group) -> int:
-    """The most that waits beside a group's weights: cut rows and columns alone, or as much as the weights."""
+    """The most that waits beside a group's weights: cut rows and columns alone, or as much as the weights, or nothing."""
+    if not group.rule.regrow:
+        return 0
     part = group.rule.sparsity if group.rule.structure.sliced else None
     return int((part or 1.0) * _bytes(slot.parameter for slot in group.slots))
 

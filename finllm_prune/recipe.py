@@ -296,7 +296,7 @@ def _rule(data: Any, where: str) -> Rule:
         "criterion": (CRITERIA, "movement"),
         "budget": (BUDGETS, "uniform"),
     }
-    refuse_unknown(rule, ["target", "sparsity", "regularizer", *parts], where)
+    refuse_unknown(rule, ["target", "sparsity", "regularizer", "regrow", *parts], where)
     if "target" not in rule:
         raise InputError(f"{where}.target: this key is missing")
     built = {key: named(table, rule.get(key, default), f"{where}.{key}") for key, (table, default) in parts.items()}
@@ -305,7 +305,8 @@ def _rule(data: Any, where: str) -> Rule:
     if rule.get("sparsity") is None and not built["structure"].couples:
         raise InputError(f"{where}.sparsity: this key is missing")
     sparsity = typed(float | None, rule.get("sparsity"), f"{where}.sparsity")
-    return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, **built)
+    regrow = typed(bool, rule.get("regrow", True), f"{where}.regrow")
+    return Rule(target=typed(str, rule["target"], f"{where}.target"), sparsity=sparsity, regrow=regrow, **built)
 
 
 def _recovery(data: Any) -> Recovery | None:

@@ -153,7 +153,7 @@ def test_the_table_takes_the_rate_that_validation_prefers(room: Room) -> None:
 
 
 def test_a_knob_that_is_off_is_no_setting_and_one_at_zero_is(room: Room) -> None:
-    data = {"fill": False, "hidden": 0.0, "rules": [{"ceiling": None, "floor": 0, "moments": "float32"}]}
+    data = {"fill": False, "hidden": 0.0, "rules": [{"ceiling": None, "floor": 0, "moments": "whole"}]}
     assert room("bench.cells").what_is_on(data) == {"hidden": 0.0, "rules": [{"floor": 0}]}
     assert room("bench.cells").what_is_on({"moments": "bfloat16"}) == {"moments": "bfloat16"}
 

@@ -280,7 +280,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
 def test_the_resolved_recipe_holds_every_default() -> None:
     resolved = parse(GOOD).resolved
     assert resolved["pruning"]["rules"][0]["criterion"] == {
-        "name": "movement", "travel": 1.0, "initial": 1.0, "moments": "float32", "sensitivity": 1.0,
+        "name": "movement", "travel": 1.0, "initial": 1.0, "moments": "whole", "sensitivity": 1.0,
     }  # fmt: skip
     assert resolved["export"] == ["masked", "compact"]
     assert resolved["task"]["max_length"] == 128

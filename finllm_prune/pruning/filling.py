@@ -44,6 +44,11 @@ def refuse_unfillable(rules: Sequence[Rule]) -> None:
             "rule's structure to block"
         )
     for i, rule in enumerate(rules):
+        if not rule.regrow:
+            raise InputError(
+                f"pruning.rules.{i}.regrow: pruning.fill brings back what waits beside the model; set regrow: true, or "
+                "fill: false"
+            )
         if pattern_of(rule.structure) is not None:
             raise InputError(
                 f"pruning.rules.{i}.structure: n:m leaves weights in every head and neuron, so pruning.fill would undo it; "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Budget, Global, Sensitivity, Uniform
-from finllm_prune.pruning.criteria import Criterion, Movement
+from finllm_prune.pruning.criteria import Criterion, Movement, SteeredScores
 from finllm_prune.pruning.regularizers import Regularizer
 from finllm_prune.pruning.sharding import Split, here, moved, total
 from finllm_prune.pruning.structures import NM, Head, Neuron, Site, Structure, Unstructured
@@ -27,6 +27,8 @@ class Rule:
         criterion: who survives.
         budget: how the sparsity is shared among the target's matrices.
         regularizer: a penalty on the target's weights while the sparsity grows.
+        regrow: whether cut units wait beside the model and come back where their score rises again. Without it a cut is for
+            good, and nothing waits: that takes one more tensor of the cut weights' size off.
     """
 
     target: str
@@ -35,12 +37,15 @@ class Rule:
     criterion: Criterion = field(default_factory=Movement)
     budget: Budget = field(default_factory=Uniform)
     regularizer: Regularizer | None = None
+    regrow: bool = True
 
     def __post_init__(self) -> None:
         if self.regularizer is not None and not self.criterion.trains_weights:
             raise InputError(
                 "pruning.rules: a regularizer moves weights, and score_movement freezes them; remove the regularizer"
             )
+        if not self.regrow:
+            self._refuse_unless_for_good()
         if self.sparsity is None:
             self._refuse_unpriced()
             return
@@ -48,6 +53,19 @@ class Rule:
             raise InputError(f"pruning.rules: sparsity must lie between 0 and 1 (exclusive), not {self.sparsity}")
         self.structure.check(self.sparsity)
         self._refuse_misfits(self.sparsity)
+
+    def _refuse_unless_for_good(self) -> None:
+        """What needs cut units whole again."""
+        if isinstance(self.criterion, SteeredScores):
+            raise InputError(
+                f"pruning.rules: {self.criterion} lets units go and come back until its sparsity is met; set regrow: true, or "
+                "another criterion"
+            )
+        if isinstance(self.budget, Sensitivity) or self.sparsity is None:
+            raise InputError(
+                f"pruning.rules: without regrow the rule for {self.target} can only cut more and more, and pruning.target and "
+                "budget sensitivity change their mind; set regrow: true, or a sparsity and another budget"
+            )
 
     def _refuse_unpriced(self) -> None:
         """What a target in milliseconds, FLOPs or bytes cannot share out."""
@@ -291,9 +309,16 @@ class Group:
                     gradient.mul_(self._weigh(slot))
 
     def park(self) -> None:
-        """Move the values of cut weights beside the model, exactly: ``W - 0 = W`` there and ``W - W = 0`` elsewhere."""
+        """Move the values of cut weights beside the model, exactly: ``W - 0 = W`` there and ``W - W = 0`` elsewhere.
+
+        Where a cut is for good, they are gone.
+        """
         for slot in self.slots:
             slot.parked = None
+            if not self.rule.regrow:
+                if self.cut:
+                    slot.weight.masked_fill_(self.pruned(slot), 0)
+                continue
             if self.gate is not None:
                 # The larger of the two parts is at least half of W, so one of the subtractions is exact (Sterbenz), and
                 # W comes back to the bit.

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from finllm_prune.errors import InputError
 from finllm_prune.pruning.budgets import Sensitivity, bounds
-from finllm_prune.pruning.criteria import SecondOrder, State, SteeredScores, Step
+from finllm_prune.pruning.criteria import Movement, SecondOrder, State, SteeredScores, Step
 from finllm_prune.pruning.filling import survivors
 from finllm_prune.pruning.groups import Group, Rule, give_densities
 from finllm_prune.pruning.schedules import Schedule
@@ -273,7 +273,7 @@ class Pruner:
                 parts = {key: _part(slot.split, tensor, slot.outline.shape) for key, tensor in held.items()}
                 slot.hold({key: part.to(device, copy=True) for key, part in parts.items()})
                 if slot.frozen and group.cut:
-                    slot.hold({"parked": slot.weight * group.pruned(slot)})
+                    slot.hold({"parked": slot.weight * group.pruned(slot)} if group.rule.regrow else {})
                     slot.weight.masked_fill_(group.pruned(slot), 0)
         self._cover()
 
@@ -365,6 +365,8 @@ class Pruner:
             if any(low == high and group.units > 1 for group, (low, high) in zip(groups, ends, strict=True)):
                 self._no_order(rule, final)
                 continue
+            if not rule.regrow:
+                scores = _cut_first(groups, scores, ends)
             if rule.sparsity is None:
                 worth |= {group.name: _worth(rule, score) for group, score in zip(groups, scores, strict=True)}
                 continue
@@ -380,7 +382,7 @@ class Pruner:
                 criterion.steer(states, sum(int(mask.sum()) for mask in masks) / units - density)
             for group, state, mask in zip(groups, states, masks, strict=True):
                 criterion.compensate(group, state, group.mask & ~mask)
-                group.set_mask(mask)
+                group.set_mask(mask if rule.regrow else mask & group.mask)
         self._share_costs(worth, fraction)
         if final:
             for group in self.groups if rewind else []:
@@ -426,6 +428,14 @@ class Pruner:
         logger.warning("No cut at progress %.3f: all %s scores of a matrix are equal.", self.progress, name)
 
 
+def _cut_first(groups: Sequence[Group], scores: Sequence[Tensor], ends: Sequence[tuple[float, float]]) -> list[Tensor]:
+    """The scores with those of cut units below all others: what is cut goes on to be cut."""
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    return [
+        score.masked_fill(~group.mask, low - 0.1 * (high - low)) for group, score in zip(groups, scores, strict=True)
+    ]
+
+
 def _worth(rule: Rule, score: Tensor) -> Tensor:
     worth = rule.criterion.worth(score)
     assert worth is not None  # the rule refuses such a criterion
@@ -453,6 +463,11 @@ def refuse_unsplittable(rules: Sequence[Rule]) -> None:
             raise InputError(
                 f"pruning.rules.{i}.criterion: {type(rule.criterion).__name__} looks at all of a matrix at once, which FSDP "
                 "splits among ranks; set movement, taylor or platon, or launch with DDP"
+            )
+        if isinstance(rule.criterion, Movement) and rule.criterion.moments == "factored" and rule.structure.single:
+            raise InputError(
+                f"pruning.rules.{i}.criterion: factored moments are means over whole columns, which FSDP splits among ranks; "
+                "set moments: whole, or launch with DDP"
             )
 
 

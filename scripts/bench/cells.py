@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 Row = dict[str, Any]
 
-_OFF = {"moments": "float32"}  # a knob's value where it is off, though neither null nor false
+_OFF = {"moments": "whole", "regrow": True}  # a knob's value where it is off, though neither null nor false
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def rules(*given: dict[str, Any]) -> Method:
     return Method({"pruning": {"rules": list(given)}})
 
 
-def unstructured(criterion: str) -> Method:
+def unstructured(criterion: str | dict[str, str]) -> Method:
     """Single weights, one threshold over the encoder."""
     return rules({"target": "encoder", "structure": "unstructured", "criterion": criterion, "budget": "global"})
 
@@ -42,6 +42,11 @@ def structured(criterion: str) -> Method:
         {"target": "mlp", "structure": "neuron", "criterion": criterion, "budget": "uniform"},
         {"target": "attention", "structure": "head", "criterion": criterion, "budget": "uniform"},
     )
+
+
+def for_good(method: Method) -> Method:
+    """The same, but no weight comes back: nothing waits beside the model."""
+    return rules(*({**rule, "regrow": False} for rule in method.recipe["pruning"]["rules"]))
 
 
 def uneven(method: Method) -> Method:
@@ -84,6 +89,8 @@ METHODS = {
     "structured_taylor_uneven": uneven(structured("taylor")),
     "structured_taylor_recovery": recovered(structured("taylor")),
     "structured_taylor_early": at_full_size(recovered(structured("taylor"))),
+    "movement_factored": unstructured({"name": "movement", "moments": "factored"}),
+    "movement_for_good": for_good(unstructured({"name": "movement", "moments": "factored"})),
     "neurons": rules({"target": "mlp", "structure": "neuron", "criterion": "movement", "budget": "uniform"}),
 }
 

@@ -23,10 +23,14 @@ SHAPES: dict[str, dict[str, int]] = {
 RULES: dict[str, list[Rule]] = {
     "plain AdamW": [],
     "90 % of single weights, movement": [Rule("encoder", 0.9, budget=Global())],
-    "the same, `moments: bfloat16`": [Rule("encoder", 0.9, criterion=Movement(moments="bfloat16"), budget=Global())],
+    "the same, `moments: factored`": [Rule("encoder", 0.9, criterion=Movement(moments="factored"), budget=Global())],
+    "the same, `moments: factored`, `regrow: false`": [
+        Rule("encoder", 0.9, criterion=Movement(moments="factored"), budget=Global(), regrow=False)
+    ],
     "90 % of single weights, magnitude": [Rule("encoder", 0.9, criterion=Magnitude(), budget=Global())],
     "90 % in blocks of 32 x 32": [Rule("encoder", 0.9, structure=Block(), budget=Global())],
     "75 % of neurons": [Rule("mlp", 0.75, structure=Neuron())],
+    "the same, `regrow: false`": [Rule("mlp", 0.75, structure=Neuron(), regrow=False)],
     "50 % of heads": [Rule("attention", 0.5, structure=Head())],
     "50 % of neurons and heads": [Rule("mlp", 0.5, structure=Neuron()), Rule("attention", 0.5, structure=Head())],
 }

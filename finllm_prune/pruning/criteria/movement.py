@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning.criteria.criterion import Criterion, State, Step, gate_gradient, norm
+from finllm_prune.pruning.criteria.criterion import Criterion, State, Step, blend, gate_gradient, norm
 
 if TYPE_CHECKING:
     from finllm_prune.pruning.groups import Group
 
 
+_MEMORY, _EPSILON = 0.999, 1e-8  # of Adam's second moment
 _FLOOR = 1e-30  # below any second moment that a gradient leaves; keeps the logarithm finite where there was none
 
 
@@ -31,12 +32,10 @@ class LearnedScores(Criterion):
         initial: scores start at ``initial * travel * rank(|W|) / n`` in each matrix. From 0, the paper's start, Adam moves
             every score by about the same amount a step, so that after a few steps their order is chance, and short runs
             collapse. A start by magnitude outlasts that, and a weight that keeps moving to zero still falls.
-        moments: in what Adam's two moments are kept; "bfloat16" takes half of their memory, and rounds them.
     """
 
     travel: float = 1.0
     initial: float = 1.0
-    moments: Literal["float32", "bfloat16"] = field(default="float32", kw_only=True)
 
     def __post_init__(self) -> None:
         if not (0 < self.travel < math.inf and 0 <= self.initial < math.inf):
@@ -44,15 +43,13 @@ class LearnedScores(Criterion):
                 "pruning.rules: a criterion's travel must be above 0 and its initial at least 0, not "
                 f"{self.travel} and {self.initial}"
             )
-        if self.moments not in ("float32", "bfloat16"):
-            raise InputError(f"pruning.rules: a criterion's moments must be float32 or bfloat16, not {self.moments}")
 
     def start(self, group: "Group") -> State:
         size = group.whole(norm(group))
         rank = torch.empty_like(size).view(-1)
         rank[size.view(-1).argsort(stable=True)] = torch.arange(size.numel(), device=size.device, dtype=size.dtype)
         scores = group.part((rank * (self.initial * self.travel / size.numel())).view(size.shape))
-        zeros = torch.zeros_like(scores, dtype=getattr(torch, self.moments))
+        zeros = torch.zeros_like(scores)
         return {"scores": scores, "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": scores.new_zeros(())}
 
     def observe(self, group: "Group", state: State, step: Step) -> None:
@@ -65,23 +62,14 @@ class LearnedScores(Criterion):
         return state["scores"]
 
     def _descend(self, state: State, gradient: Tensor, step: Step) -> None:
-        first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()
         adam(
-            [state["scores"]], [gradient], [first], [second], [], [state["step"]],
-            amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, maximize=False, fused=True,
-            lr=self.travel * (step.now - step.before) * (1.0 - step.before), found_inf=step.skip,
+            [state["scores"]], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            amsgrad=False, beta1=0.9, beta2=_MEMORY, eps=_EPSILON, weight_decay=0.0, maximize=False, fused=True,
+            lr=self._pace(step), found_inf=step.skip,
         )  # fmt: skip
-        if state["exp_avg"].dtype != torch.float32:
-            # The second moment moves by 0.1 % a step, less than bf16 can tell: rounded to the nearest it would stand still.
-            # Rounded up as often as it lies near the upper value, it is right in the mean.
-            state["exp_avg_sq"].copy_(_rounded_at_random(second, dice=first))
-            state["exp_avg"].copy_(first)
 
-
-def _rounded_at_random(values: Tensor, dice: Tensor) -> Tensor:
-    """fp32 values, none below 0, on the grid of bf16; the last bits of ``dice`` (fp32) decide, so all ranks throw the same."""
-    thrown = dice.view(torch.int32).bitwise_and(0xFFFF)
-    return thrown.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+    def _pace(self, step: Step) -> float:
+        return self.travel * (step.now - step.before) * (1.0 - step.before)
 
 
 @dataclass(frozen=True)
@@ -94,23 +82,63 @@ class Movement(LearnedScores):
 
     Args:
         sensitivity: the weight of that logarithm beside the scores; 0 is the paper's criterion.
+        moments: "whole" keeps Adam's two moments of each score. "factored" keeps, where single weights are cut, one number per
+            row and column instead, as Adafactor does (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235): the mean
+            square of g is about their product, and a sum over steps needs no first moment. That takes two of the three
+            tensors of the weights' size off.
     """
 
     sensitivity: float = 1.0
+    moments: Literal["whole", "factored"] = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.sensitivity < math.inf:
             raise InputError(f"criterion movement: sensitivity must not be negative, not {self.sensitivity}")
+        if self.moments not in ("whole", "factored"):
+            raise InputError(f"criterion movement: moments must be whole or factored, not {self.moments}")
+
+    def start(self, group: "Group") -> State:
+        state = super().start(group)
+        if self._factors(group):
+            del state["exp_avg"], state["exp_avg_sq"]
+            state |= {"rows": state["scores"].new_zeros(group.shape[0]), "columns": state["scores"].new_zeros(group.shape[1])}
+        return state
+
+    def observe(self, group: "Group", state: State, step: Step) -> None:
+        if not self._factors(group):
+            super().observe(group, state, step)
+            return
+        weight = group.slots[0].effective.float()
+        gradient = torch.where(weight == 0, 0.0, gate_gradient(group) / weight)
+        square = gradient.square()
+        blend(state["rows"], square.mean(1), _MEMORY, step)
+        blend(state["columns"], square.mean(0), _MEMORY, step)
+        state["step"] += 1.0 - step.skip
+        corrected = _mean_square(state) / (1.0 - _MEMORY ** state["step"])
+        change = gradient * weight.sign() / corrected.sqrt_().add_(_EPSILON)
+        state["scores"].sub_(torch.where(step.skip > 0, 0.0, change), alpha=self._pace(step))
 
     def score(self, group: "Group", state: State) -> Tensor:
         if self.sensitivity == 0:
             return state["scores"]
-        return state["scores"].add(state["exp_avg_sq"].float().add(_FLOOR).log_(), alpha=0.5 * self.sensitivity)
+        if self._factors(group):
+            square = _mean_square(state).mul_(group.slots[0].effective.float().square())
+        else:
+            square = state["exp_avg_sq"].clone()
+        return state["scores"].add(square.add_(_FLOOR).log_(), alpha=0.5 * self.sensitivity)
+
+    def _factors(self, group: "Group") -> bool:
+        return self.moments == "factored" and group.rule.structure.single
 
     def worth(self, score: Tensor) -> Tensor | None:
         """``rms(g * w)`` times ``e^(S / sensitivity)``: the loss's first-order change, weighed by what the scores learnt."""
         return (score / self.sensitivity).exp() if self.sensitivity > 0 else None
+
+
+def _mean_square(state: State) -> Tensor:
+    """Of the gradient of each weight, from the means over rows and columns: the product that has the same means."""
+    return torch.outer(state["rows"], state["columns"]) / state["rows"].mean().add(_FLOOR)
 
 
 @dataclass(frozen=True)
