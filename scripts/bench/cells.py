@@ -56,9 +56,12 @@ def digest(data: Any) -> str:
 def what_is_on(data: Any) -> Any:
     """Plain data without the knobs that are off."""
     if isinstance(data, dict):
-        on = {k: v for k, v in data.items() if v is not None and v is not False and v != _OFF.get(k)}
-        return {key: what_is_on(value) for key, value in on.items()}
+        return {key: what_is_on(value) for key, value in data.items() if not _is_off(key, value)}
     return [what_is_on(item) for item in data] if isinstance(data, list) else data
+
+
+def _is_off(knob: str, value: Any) -> bool:
+    return value == _OFF[knob] if knob in _OFF else value is None or value is False
 
 
 def read(out: Path) -> dict[str, Row]:
