@@ -153,9 +153,10 @@ def test_the_table_takes_the_rate_that_validation_prefers(room: Room) -> None:
 
 
 def test_a_knob_that_is_off_is_no_setting_and_one_at_zero_is(room: Room) -> None:
-    data = {"fill": False, "hidden": 0.0, "rules": [{"ceiling": None, "floor": 0, "moments": "whole"}]}
+    data = {"fill": False, "hidden": 0.0, "rules": [{"ceiling": None, "floor": 0, "moments": "whole", "regrow": True}]}
     assert room("bench.cells").what_is_on(data) == {"hidden": 0.0, "rules": [{"floor": 0}]}
-    assert room("bench.cells").what_is_on({"moments": "bfloat16"}) == {"moments": "bfloat16"}
+    on = {"moments": "factored", "regrow": False}
+    assert room("bench.cells").what_is_on(on) == on
 
 
 def test_rows_of_other_settings_are_not_compared(room: Room) -> None:

@@ -42,7 +42,9 @@ def test_shapes_and_memory_on_a_tiny_model(bench: Bench, tmp_path: Path, capsys:
     assert [row["sparsity"] for row in found["shapes"] if "sparsity" in row] == [0.5, 0.5]
     held = {row["variant"]: row["held"] / row["targeted"] for row in found["memory"] if row["targeted"]}
     assert 4.2 < held["90 % of single weights, movement"] < 4.3
-    assert 3.2 < held["the same, `moments: bfloat16`"] < 3.3
+    assert 2.2 < held["the same, `moments: factored`"] < 2.3
+    assert 1.2 < held["the same, `moments: factored`, `regrow: false`"] < 1.3
+    assert 0.0 < held["the same, `regrow: false`"] < 0.1
     assert "| tiny | 75 % of neurons |" in capsys.readouterr().out
 
 

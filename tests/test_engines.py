@@ -76,7 +76,7 @@ def test_14_deepspeed_and_data_parallel_are_refused_with_the_remedy(tmp_path: Pa
 
 def test_14_criteria_that_look_at_a_whole_matrix_are_refused_under_fsdp() -> None:
     refuse_unsplittable([Rule("mlp", 0.5, Neuron(), L0()), Rule("attention", 0.5, NM(), Movement())])
-    for criterion in (SecondOrder(), SoftMovement(), L0()):
+    for criterion in (SecondOrder(), SoftMovement(), L0(), Movement(moments="factored")):
         with pytest.raises(InputError, match=r"rules\.1\.criterion: .*launch with DDP"):
             refuse_unsplittable([Rule("mlp", 0.5, Neuron()), Rule("attention", 0.5, criterion=criterion)])
 

@@ -13,6 +13,7 @@ from finllm_prune.pruning import (
     Criterion,
     Gradient,
     Group,
+    Movement,
     Platon,
     Rule,
     SecondOrder,
@@ -208,3 +209,24 @@ def test_second_order_refuses_units_of_many_weights():
 def test_a_knob_out_of_range_is_refused(criterion: type[Criterion], knobs: dict, message: str):
     with pytest.raises(InputError, match=message):
         criterion(**knobs)
+
+
+def test_factored_moments_are_those_of_rows_and_columns():
+    """Adafactor's second moment under movement: what a weight adds to its score is sign(w) g / rms(g)."""
+    past, steps = history(), 0
+    rows, columns, scores = np.zeros(ROWS), np.zeros(COLUMNS), np.zeros((ROWS, COLUMNS))
+    for number, (w, g) in enumerate(past):
+        if number == 5:
+            continue  # skipped: the loss scaler saw an overflow
+        steps += 1
+        rows, columns = 0.999 * rows + 0.001 * (g**2).mean(1), 0.999 * columns + 0.001 * (g**2).mean(0)
+        square = np.outer(rows, columns) / rows.mean()
+        scores -= 2.0 * 0.1 * np.sign(w) * g / (np.sqrt(square / (1 - 0.999**steps)) + 1e-8)
+    criterion = Movement(travel=2.0, initial=0.0, sensitivity=0.5, moments="factored")
+    group, state = observed(criterion, past, skip=5)
+    np.testing.assert_allclose(state["scores"].numpy(), scores, rtol=1e-4, atol=1e-5)
+    expected = scores + 0.25 * np.log(square * past[-1][0] ** 2)
+    np.testing.assert_allclose(criterion.score(group, state).numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert sum(tensor.numel() for tensor in state.values()) == ROWS * COLUMNS + ROWS + COLUMNS + 1
+    blocks, kept = observed(criterion, past, Block(TILE, TILE))
+    assert kept["exp_avg"].shape == blocks.mask.shape, "of larger units there is nothing to save"

@@ -1,10 +1,12 @@
-"""What the Pruner holds beside plain AdamW, counted; that its steps wait for no number; moments in half the bytes."""
+"""What the Pruner holds beside plain AdamW, counted; that its steps wait for no number; pruning that holds less."""
 
 import copy
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import finllm_prune
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import Cubic, Group, Movement, Pruner, Rule, Site, Slot, Unstructured
+from finllm_prune.pruning import (
+    Cubic,
+    Movement,
+    Neuron,
+    Pruner,
+    Rule,
+    Sensitivity,
+    SoftMovement,
+    refuse_unfillable,
+)
 from tests.conftest import tiny_model
 from tests.pruning.runs import make_batches, make_optimizer, make_pruner, make_rule, train
 
@@ -81,52 +92,56 @@ def test_a_step_that_chooses_no_mask_waits_for_no_number(structure: str, criteri
     assert waited == {True: 5, False: 0}, "four choices and that of the freeze"
 
 
-def one_layer(criterion: Movement) -> Pruner:
-    weight = nn.Parameter(torch.ones(64, 64))
-    rule = Rule("encoder", 0.5, Unstructured(), criterion)
-    return Pruner(
-        [Group("layer", rule, [Slot("layer.weight", weight, Site("layer"))])], Cubic(begin=0.9, end=1, freeze=1)
-    )
+LIGHT = Rule("encoder", 0.5, criterion=Movement(moments="factored"), regrow=False)
 
 
-def test_a_second_moment_in_bf16_is_that_of_fp32_in_the_mean() -> None:
-    """It falls by 0.1 % a step where gradients get smaller; rounded to the nearest, it would stand still."""
-    pruners = [one_layer(Movement(moments=kind)) for kind in ("float32", "bfloat16")]
-    draw = torch.Generator().manual_seed(0)
-    for step in range(800):
-        gradient = torch.randn(64, 64, generator=draw) * (1.0 if step < 400 else 0.1)
-        for pruner in pruners:
-            pruner.groups[0].slots[0].parameter.grad = gradient.clone()
-            pruner.before_step((step + 1) / 1600)
-            pruner.after_step()
-    exact, rounded = (pruner.state_dict()["layer/state/exp_avg_sq"].float() for pruner in pruners)
-    assert float(rounded.mean() / exact.mean()) == pytest.approx(1, abs=0.01)
-    assert float((rounded / exact).log2().abs().mean()) < 0.1
-    assert float(exact.mean()) < 0.25 < 1 - 0.999**400
+@pytest.mark.parametrize(
+    ("rule", "most"),
+    [(replace(LIGHT, regrow=True), 1 + 1 + 0.25), (LIGHT, 1 + 0.25), (Rule("mlp", 0.5, Neuron(), regrow=False), 0)],
+)
+def test_factored_moments_and_cuts_for_good_hold_less(memory: ModuleType, rule: Rule, most: float) -> None:
+    model = tiny_model(hidden=64, intermediate_size=256)
+    pruner = make_pruner(model, rule)
+    train(model, pruner, make_optimizer(model), make_batches(10), range(8))
+    assert pruner.sparsity() == pytest.approx(0.5, abs=0.001)
+    weights = sum(slot.parameter.nbytes for group in pruner.groups for slot in group.slots)
+    assert most <= memory.held_bytes(pruner, model) / weights < most + 0.06
 
 
-def test_moments_in_bf16_choose_nearly_the_same_masks_and_resume_exactly() -> None:
-    def run(
-        criterion: Movement, steps: range, start: tuple[nn.Module, Pruner] | None = None
-    ) -> tuple[nn.Module, Pruner]:
+def test_light_pruning_resumes_exactly_and_its_cuts_stay() -> None:
+    def run(steps: range, start: tuple[nn.Module, Pruner] | None = None) -> tuple[nn.Module, Pruner]:
         model = tiny_model(layers=1) if start is None else copy.deepcopy(start[0])
-        pruner = make_pruner(model, Rule("encoder", 0.5, criterion=criterion))
+        pruner = make_pruner(model, LIGHT)
         if start is not None:
             pruner.load_state_dict(start[1].state_dict())
         train(model, pruner, torch.optim.SGD(model.parameters(), lr=0.1), batches, steps)
         return model, pruner
 
-    batches, half = make_batches(12), Movement(moments="bfloat16")
-    _, exact = run(Movement(), range(12))
-    model, whole = run(half, range(12))
-    again, resumed = run(half, range(6, 12), run(half, range(6)))
-    same = sum(int((whole.masks()[name] == mask).sum()) for name, mask in exact.masks().items())
-    assert same / sum(mask.numel() for mask in exact.masks().values()) > 0.98
-    assert whole.mask_hash() != exact.mask_hash()
+    batches = make_batches(12)
+    model, whole = run(range(12))
+    early = run(range(6))
+    cut = {name: ~mask for name, mask in early[1].masks().items()}
+    again, resumed = run(range(6, 12), early)
     assert resumed.mask_hash() == whole.mask_hash()
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert sum(int(mask.sum()) for mask in cut.values()) > 0
+    assert not any(bool((cut[name] & mask).any()) for name, mask in whole.masks().items())
 
 
-def test_other_moments_are_refused_by_name() -> None:
-    with pytest.raises(InputError, match="moments must be float32 or bfloat16, not float16"):
-        Movement(moments="float16")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criterion": SoftMovement()}, "lets units go and come back"),
+        ({"budget": Sensitivity()}, "without regrow the rule for encoder can only cut more and more"),
+    ],
+)
+def test_what_needs_cut_units_again_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(LIGHT, **changes)
+
+
+def test_filling_needs_what_waits_and_moments_have_two_names() -> None:
+    with pytest.raises(InputError, match=r"pruning\.rules\.0\.regrow: pruning\.fill brings back"):
+        refuse_unfillable([LIGHT])
+    with pytest.raises(InputError, match="moments must be whole or factored, not bfloat16"):
+        Movement(moments="bfloat16")  # type: ignore[arg-type]

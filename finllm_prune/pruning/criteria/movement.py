@@ -102,7 +102,10 @@ class Movement(LearnedScores):
         state = super().start(group)
         if self._factors(group):
             del state["exp_avg"], state["exp_avg_sq"]
-            state |= {"rows": state["scores"].new_zeros(group.shape[0]), "columns": state["scores"].new_zeros(group.shape[1])}
+            state |= {
+                "rows": state["scores"].new_zeros(group.shape[0]),
+                "columns": state["scores"].new_zeros(group.shape[1]),
+            }
         return state
 
     def observe(self, group: "Group", state: State, step: Step) -> None:
