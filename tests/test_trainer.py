@@ -1,5 +1,6 @@
 """The Trainer: exact resume, the loss scale, the best checkpoint, distillation, autocast."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,7 @@ def test_weights_in_bf16_stay_so_and_are_pruned(tmp_path: Path, kind: str) -> No
     assert {tensor.dtype for key, tensor in kept.items() if key.endswith("/scores")} == {torch.float32}
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_adam_with_moments_of_8_bits_prunes(tmp_path: Path) -> None:
     model = tiny_model(hidden=64, intermediate_size=256)  # smaller matrices than 4,096 weights keep moments in fp32
     run = trainer(tmp_path, RULES["unstructured"], model=model, optim="adamw_bnb_8bit")

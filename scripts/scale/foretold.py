@@ -51,19 +51,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"Assumed: {INSIDE / 1e9:.0f} GB/s in a machine of 8 GPUs, {ACROSS / 1e9:.0f} GB/s between machines, "
         f"{HOP * 1e6:.0f} µs x log2(ranks) for each call. Measured: {per_matrix:.1f} calls and {sent / 1e3:.0f} kB "
         f"per matrix and choice, {CHOICES} choices a run.\n",
-        "| model | GPUs | DDP: held on each GPU, GB | FSDP2, single weights: held, GB | added per step, ms "
-        "| per choice, ms | sent per choice, MB (a gather at its worst) | FSDP2, neurons: added per step, ms |",
+        "| model | GPUs | DDP: held on each GPU, GB (factored moments, no regrowth) | FSDP2, single weights: held, GB "
+        "| added per step, ms | per choice, ms | sent per choice, MB (a gather at its worst) | FSDP2, neurons: added per step, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for big in MODELS:
         held = big.targeted * (12 + big.bytes + 1)  # scores and moments in fp32, parked values, masks
+        light = big.targeted * (4 + 1)  # scores and masks
         for gpus in (8, 64, 512):
             call = call_seconds(gpus)
             worst = gpus * 4 * min(2**17, big.targeted / gpus)
             choice = call * per_matrix * big.matrices + sum_seconds(gpus, sent * big.matrices)
             neurons = (1 + big.blocks) * call + sum_seconds(gpus, 4 * big.neurons * big.blocks)
             lines.append(
-                f"| {big.name} | {gpus} | {held / 1e9:.2f} | {held / gpus / 1e9:.3f} | {1e3 * call:.2f} "
+                f"| {big.name} | {gpus} | {held / 1e9:.2f} ({light / 1e9:.2f}) | {held / gpus / 1e9:.3f} | {1e3 * call:.2f} "
                 f"| {1e3 * choice:.0f} | {sent * big.matrices / 1e6:.0f} ({worst / 1e6:.0f}) | {1e3 * neurons:.2f} |"
             )
     return "\n".join(lines)
