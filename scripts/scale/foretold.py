@@ -52,7 +52,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{HOP * 1e6:.0f} µs x log2(ranks) for each call. Measured: {per_matrix:.1f} calls and {sent / 1e3:.0f} kB "
         f"per matrix and choice, {CHOICES} choices a run.\n",
         "| model | GPUs | DDP: held on each GPU, GB (factored moments, no regrowth) | FSDP2, single weights: held, GB "
-        "| added per step, ms | per choice, ms | sent per choice, MB (a gather at its worst) | FSDP2, neurons: added per step, ms |",
+        "| added per step, ms | per choice, ms | sent per choice, MB (a gather at its worst) "
+        "| FSDP2, neurons: added per step, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for big in MODELS:
