@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from finllm_prune.checkpoints import verify, zero_counts
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
+from finllm_prune.hub.card import rewrite_card
 from finllm_prune.hub.parcel import pack
 from finllm_prune.loading import load_tokenizer
 from finllm_prune.oneshot import OneShotRecipe, oneshot
@@ -23,6 +24,7 @@ from finllm_prune.oneshot.blocks import influence, perplexity_without
 from finllm_prune.oneshot.recipe import parse
 from finllm_prune.oneshot.streamed import Memory, Streamed
 from finllm_prune.oneshot.texts import Calibration, Windows, batches
+from finllm_prune.pages.finished import Finished
 from finllm_prune.pruning import NM, Calibrated, Cubic, Magnitude, Pruner, Rule, SparseGPT, Wanda
 from finllm_prune.training import prune_once
 from tests import small
@@ -133,6 +135,9 @@ def test_what_is_reported_is_what_plain_transformers_finds_in_the_files(
     again = OneShotRecipe.load(tmp_path / "out" / "recipe.yaml")
     assert parse(again.resolved) == again
     assert call("oneshot", path, f"output={tmp_path / 'out'}") == 2
+    for ask in (rewrite_card, Finished.read):  # pages of a run
+        with pytest.raises(InputError, match="is the output of finllm-prune oneshot"):
+            ask(tmp_path / "out")
     with pytest.raises(InputError, match=r"no gates were asked of this model, .* --allow-failed-gates"):
         pack(tmp_path / "out", "org/name")
     files = pack(tmp_path / "out", "org/name", allow_failed_gates=True).files

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,11 @@ def exported_in(folder: Path) -> list[Path]:
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     found = [path for path in (folder, *inside) if (path / MANIFEST).is_file() and path.suffix not in UNFINISHED]
     return found or [folder]
+
+
+def of_oneshot(report: Mapping[str, Any]) -> bool:
+    """Whether ``finllm-prune oneshot`` wrote this report, which holds other figures than that of a run."""
+    return "dropped_blocks" in report
 
 
 def damaged(folder: Path, error: Exception) -> ProofError:

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from finllm_prune.checkpoints import LOSSY, PLUGGED, SERVED
-from finllm_prune.checkpoints.manifest import MANIFEST, REPORT
+from finllm_prune.checkpoints.manifest import MANIFEST, REPORT, of_oneshot
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import GATES, TITLES, first_stage_rows
 from finllm_prune.evaluation.non_inferiority import p_value
@@ -56,8 +56,14 @@ def rewrite_card(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     _check(said)
     try:
         figures: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if of_oneshot(figures):
+            raise InputError(
+                f"{folder} is the output of finllm-prune oneshot, whose card is written once; edit its README.md"
+            )
         exported = [name for name in figures["recipe"]["export"] if (folder / name / MANIFEST).is_file()]
         written = write_card(figures, folder, exported, said)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"there is no {folder / REPORT}; name the output of a run") from None
     except (ValueError, KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from finllm_prune.checkpoints import LOSSY, PLUGGED, SERVED, exported_in, verify
-from finllm_prune.checkpoints.manifest import MANIFEST, REPORT, read_manifest
+from finllm_prune.checkpoints.manifest import MANIFEST, REPORT, of_oneshot, read_manifest
 from finllm_prune.errors import InputError
 from finllm_prune.settings import parse_yaml
 from finllm_prune.staging import UNFINISHED
@@ -185,7 +185,7 @@ def _failure(folder: Path, checkpoints: Iterable[Path], allowed: bool) -> str | 
 def _told(path: Path) -> str | None:
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "dropped_blocks" in report:  # of oneshot, which asks for no gates
+        if of_oneshot(report):
             return "NO GATES were asked of this model, which was pruned without training."
         passed, gates = report["passed"], dict(report["gates"])
         failed = [

@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 
 from finllm_prune.checkpoints import LOSSY
-from finllm_prune.checkpoints.manifest import REPORT
+from finllm_prune.checkpoints.manifest import REPORT, of_oneshot
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation.evidence import FLIPS
 from finllm_prune.staging import UNFINISHED
@@ -48,9 +48,14 @@ class Finished:
             raise InputError(f"{folder} holds no {REPORT}; name the folder of a finished run")
         record, flips = folder / RECORD_FILE, folder / FLIPS
         with readable(folder):
+            report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+            if of_oneshot(report):
+                raise InputError(
+                    f"{folder} is the output of finllm-prune oneshot, which has no course to draw; read its README.md"
+                )
             return cls(
                 folder,
-                _UNTOLD | json.loads((folder / REPORT).read_text(encoding="utf-8")),
+                _UNTOLD | report,
                 pd.read_parquet(record) if record.is_file() else None,
                 json.loads(flips.read_text(encoding="utf-8")) if texts and flips.is_file() else None,
             )
