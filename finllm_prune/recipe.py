@@ -39,7 +39,15 @@ from finllm_prune.pruning import (
 )
 from finllm_prune.settings import build, mapping, named, parse_file, plain, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
-from finllm_prune.training import Distillation, Lora, Recording, Recovery, refuse_beside_lora, refuse_unrecoverable
+from finllm_prune.training import (
+    Cosines,
+    Distillation,
+    Lora,
+    Recording,
+    Recovery,
+    refuse_beside_lora,
+    refuse_unrecoverable,
+)  # fmt: skip
 from finllm_prune.vocabulary import Trim
 
 T = typing.TypeVar("T")
@@ -73,10 +81,12 @@ class Dense:
     Args:
         checkpoint: a model that is already fine-tuned on the task; None trains one first.
         training: what differs from the recipe's ``training`` while it is trained.
+        cosines: what a reranker learns from a sentence encoder; None trains on the labels alone.
     """
 
     checkpoint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    cosines: Cosines | None = None
 
 
 @dataclass(frozen=True)
