@@ -66,12 +66,19 @@ class Model:
     Args:
         name: a local folder or Hub id.
         keep_layers: the blocks to keep, ascending (``[0, 2, 4]``); the others are dropped before pruning starts.
+        dropout: in all dropout layers while it is trained, 0 to below 1; None leaves what its config says. A small model
+            that is trained for a short time learns faster without.
         license: declared for the pruned model; None takes it from the base model's own card.
     """
 
     name: str
     keep_layers: list[int] | None = None
+    dropout: float | None = None
     license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout: a part from 0 to below 1 is dropped, not {self.dropout:g}")
 
 
 @dataclass(frozen=True)
