@@ -80,7 +80,7 @@ def written(encoder: Path, folder: Path, **cosines: object) -> dict[str, Any]:
 
 def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, encoder: Path) -> None:
     asked = written(encoder, write_set(tmp_path / "set"), alpha=1.0)
-    asked["model"] = {"name": asked["model"], "dropout": 0.0}
+    asked["model"] = {"name": asked["model"], "dropout": 0.05}
     ready = prepare(parse(asked), resume=False, overwrite=False)
     rows, collator = ready.tokens["train"], ready.recipe.task.collator(ready.tokenizer)
     fresh = copy.deepcopy(ready.model)
@@ -91,8 +91,8 @@ def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, enc
         centred_mse(logits_of(model, rows, collator), cosines, torch.tensor(rows["labels"]))
         for model in (fresh, learned)
     ]
-    assert {module.p for module in ready.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
-    assert {module.p for module in learned.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+    assert {module.p for module in ready.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.05}
+    assert {module.p for module in learned.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     assert off[1] < 0.5 * off[0]
 
 
