@@ -94,7 +94,6 @@ def sentence_transformers() -> Any:
         import sentence_transformers
     except ImportError:
         raise InputError(
-            "dense.cosines: sentence-transformers, which reads the encoder, is not installed; "
-            "pip install 'sentence-transformers>=5'"
+            "dense.cosines: it needs the package sentence-transformers, which is not installed: pip install 'finllm-prune[cosines]'"
         ) from None
     return sentence_transformers
