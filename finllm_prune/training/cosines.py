@@ -94,6 +94,7 @@ def sentence_transformers() -> Any:
         import sentence_transformers
     except ImportError:
         raise InputError(
-            "dense.cosines: it needs the package sentence-transformers, which is not installed: pip install 'finllm-prune[cosines]'"
+            "dense.cosines: it needs the package sentence-transformers, which is not installed: "
+            "pip install 'finllm-prune[cosines]'"
         ) from None
     return sentence_transformers
