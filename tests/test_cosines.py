@@ -115,5 +115,5 @@ def test_a_missing_package_is_told_before_training(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as if it were not installed
-    with pytest.raises(InputError, match="which is not installed: pip install .finllm-prune"):
+    with pytest.raises(InputError, match="which is not installed: pip install"):
         read(parse(written(encoder, write_set(tmp_path / "set"))))
