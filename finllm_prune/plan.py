@@ -254,7 +254,7 @@ def _held(trainer: PruningTrainer) -> int:
     tensors += [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]  # their gradients
     for state in trainer.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    if trainer.teacher is not None:
+    if isinstance(trainer.teacher, Teacher):
         tensors += [*trainer.teacher.model.parameters()]
     return _bytes(tensors)
 

@@ -28,7 +28,7 @@ from finllm_prune.loading import class_names, label_order, load_config, load_mod
 from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap, refuse_unsplittable
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, read_texts
-from finllm_prune.training import Lora, adapt, refuse_no_chain
+from finllm_prune.training import Lora, adapt, refuse_no_chain, sentence_transformers
 from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 from finllm_prune.workfolder import CHECKPOINTS, check_batch, check_output, check_vocabulary, open_work
@@ -56,6 +56,7 @@ class Prepared:
         teacher: what ``from_pretrained`` takes for a teacher that is not the dense baseline.
         vocabulary: of a trimmed model, with what it changes in validation and test texts.
         costs: of heads and neurons, where the recipe has a target.
+        encoder: what sentence-transformers takes for the dense baseline's own teacher.
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class Prepared:
     teacher: str | None
     vocabulary: tuple[Trimmed, Change] | None
     costs: Costs | None
+    encoder: str | None = None
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
@@ -129,14 +131,15 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     recipe.task.loss(examples)  # class weights that do not fit are told now
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
+    encoder = _encoder(recipe)
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
     costs = None
     if (target := recipe.pruning.target) is not None:
         _refuse_too_long(target, config)
         costs = price(target, model, small, groups, engine_of(target))
     return Prepared(
-        recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs
-    )
+        recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs, encoder
+    )  # fmt: skip
 
 
 def _check_gates(recipe: Recipe, examples: Examples) -> None:
@@ -331,3 +334,16 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
             + (", or remove vocabulary, which gives the model's tokens new ids" if recipe.vocabulary else "")
         )
     return location
+
+
+def _encoder(recipe: Recipe) -> str | None:
+    """What sentence-transformers takes for the encoder whose cosines the dense model learns from."""
+    cosines = recipe.dense.cosines
+    if cosines is None or recipe.dense.checkpoint is not None:
+        return None
+    if recipe.task.pipeline_tag != "text-ranking":
+        raise InputError(
+            "dense.cosines: they compare a query with passages, which this task has none of; remove the key"
+        )
+    sentence_transformers()
+    return locate(cosines.encoder, "dense.cosines.encoder")[0]

@@ -39,7 +39,15 @@ from finllm_prune.pruning import (
 )
 from finllm_prune.settings import build, mapping, named, parse_file, plain, refuse_unknown, typed
 from finllm_prune.tasks import Task, find_task
-from finllm_prune.training import Distillation, Lora, Recording, Recovery, refuse_beside_lora, refuse_unrecoverable
+from finllm_prune.training import (
+    Cosines,
+    Distillation,
+    Lora,
+    Recording,
+    Recovery,
+    refuse_beside_lora,
+    refuse_unrecoverable,
+)  # fmt: skip
 from finllm_prune.vocabulary import Trim
 
 T = typing.TypeVar("T")
@@ -58,12 +66,19 @@ class Model:
     Args:
         name: a local folder or Hub id.
         keep_layers: the blocks to keep, ascending (``[0, 2, 4]``); the others are dropped before pruning starts.
+        dropout: in all dropout layers while it is trained, 0 to below 1; None leaves what its config says. A small model
+            that is trained for a short time learns faster without.
         license: declared for the pruned model; None takes it from the base model's own card.
     """
 
     name: str
     keep_layers: list[int] | None = None
+    dropout: float | None = None
     license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout: a part from 0 to below 1 is dropped, not {self.dropout:g}")
 
 
 @dataclass(frozen=True)
@@ -73,10 +88,12 @@ class Dense:
     Args:
         checkpoint: a model that is already fine-tuned on the task; None trains one first.
         training: what differs from the recipe's ``training`` while it is trained.
+        cosines: what a reranker learns from a sentence encoder; None trains on the labels alone.
     """
 
     checkpoint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    cosines: Cosines | None = None
 
 
 @dataclass(frozen=True)

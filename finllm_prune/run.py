@@ -37,6 +37,7 @@ from finllm_prune.training import (
     merge,
     prune_once,
     sample_batches,
+    with_kept_logits,
     with_teacher_logits,
 )
 from finllm_prune.training.trainer import complete_checkpoint
@@ -78,11 +79,32 @@ def dense(ready: Prepared) -> PreTrainedModel:
     if not exists:
         model = ready.model
         if ready.recipe.dense.checkpoint is None:
+            _drop_out(model, ready.recipe.model.dropout)
             adapted = adapt(model, ready.recipe.peft, ready.arguments.seed)
-            _trainer(ready, adapted, "dense", ready.recipe.dense.training).go_on()
+            _trainer(ready, adapted, "dense", ready.recipe.dense.training, **_lessons(ready)).go_on()
             model = merge(adapted)
         _save_plain(model, ready.tokenizer, folder)
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
+
+
+def _drop_out(model: nn.Module, part: float | None) -> None:
+    """The config keeps the model's own, for whoever trains it next."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and part is not None:
+            module.p = part
+
+
+def _lessons(ready: Prepared) -> dict[str, Any]:
+    """What the dense model learns from beside the labels."""
+    cosines, rows = ready.recipe.dense.cosines, ready.examples.splits["train"]
+    if cosines is None or ready.encoder is None:
+        return {}
+    encoder, tokens, width = ready.encoder, ready.tokenizer.model_max_length, len(ready.tokens["train"][0]["labels"])
+    with_cosines = with_kept_logits(
+        ready.tokens["train"], ready.work / CHECKPOINTS, cosines.fingerprint(rows, tokens),
+        lambda: cosines.of(rows, encoder, tokens, width, ready.arguments),
+    )  # fmt: skip
+    return {"teacher": cosines, "train_dataset": with_cosines}
 
 
 def prune(
@@ -94,6 +116,7 @@ def prune(
     """
     recipe = ready.recipe
     student = load_model(recipe.task, str(ready.work / "dense"), ready.examples.labels)
+    _drop_out(student, recipe.model.dropout)
     architecture = find_architecture(student.config.model_type)
     depth = architecture.depth_of(student.config)
     if recipe.model.keep_layers is not None:

@@ -14,6 +14,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.families import is_causal
 from finllm_prune.judges import RankingJudge
 from finllm_prune.judges.rankings import MEASURES
+from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.beir import Pools, Retrieval, read_beir
 from finllm_prune.tasks.candidates import BM25, training_lists
 from finllm_prune.tasks.collating import PartsCollator
@@ -113,18 +114,8 @@ class Reranking:
             tokenizer.chat_template = None  # of a chat, which this is not
 
     def tokenize(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
-        if "passages" not in rows.column_names:
-            tokens = self._encode(list(rows["text"]), list(rows["pair"]), tokenizer)
-            return datasets.Dataset.from_dict(tokens | {"labels": list(rows["label"])})
-        sizes = [len(passages) for passages in rows["passages"]]
-        queries = [query for query, size in zip(rows["text"], sizes, strict=True) for _ in range(size)]
-        flat = self._encode(queries, list(chain.from_iterable(rows["passages"])), tokenizer)
-        lists = {}
-        for name, values in flat.items():
-            rest = iter(values)
-            lists[name] = [list(islice(rest, size)) for size in sizes]
-        labels = [label + [_NO_PASSAGE] * (self._width - len(label)) for label in rows["label"]]
-        return datasets.Dataset.from_dict(lists | {"labels": labels})
+        encode = self._encoded_lists if "passages" in rows.column_names else self._encoded_pairs
+        return rewritten(rows, lambda batch, _: encode(batch, tokenizer))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollator:
         return ListsCollator(tokenizer, self._gather)
@@ -154,6 +145,19 @@ class Reranking:
     def _gather(self, logits: Tensor, parts: Tensor) -> Tensor:
         """Scores (passages, 1) -> (lists, passages of the longest list)."""
         return torch.stack([F.pad(part[:, 0], (0, self._width - len(part))) for part in logits.split(parts.tolist())])
+
+    def _encoded_pairs(self, rows: Batch, tokenizer: PreTrainedTokenizerBase) -> Batch:
+        return self._encode(rows["text"], rows["pair"], tokenizer) | {"labels": rows["label"]}
+
+    def _encoded_lists(self, rows: Batch, tokenizer: PreTrainedTokenizerBase) -> Batch:
+        sizes = [len(passages) for passages in rows["passages"]]
+        queries = [query for query, size in zip(rows["text"], sizes, strict=True) for _ in range(size)]
+        flat = self._encode(queries, list(chain.from_iterable(rows["passages"])), tokenizer)
+        lists: Batch = {}
+        for name, values in flat.items():
+            rest = iter(values)
+            lists[name] = [list(islice(rest, size)) for size in sizes]
+        return lists | {"labels": [label + [_NO_PASSAGE] * (self._width - len(label)) for label in rows["label"]]}
 
     def _encode(
         self, queries: list[str], passages: list[str], tokenizer: PreTrainedTokenizerBase

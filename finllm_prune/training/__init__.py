@@ -1,6 +1,7 @@
 """Training: a transformers Trainer that prunes and distils."""
 
 from finllm_prune.training.batches import sample_batches
+from finllm_prune.training.cosines import Cosines, sentence_transformers
 from finllm_prune.training.distillation import Distillation, Teacher
 from finllm_prune.training.layers import uniform_layers
 from finllm_prune.training.lora import Lora, adapt, merge, refuse_beside_lora
@@ -8,13 +9,14 @@ from finllm_prune.training.oneshot import Pass, lies_in, prune_block, prune_once
 from finllm_prune.training.recorder import RECORD_FILE, Recorder, Recording
 from finllm_prune.training.recovery import Recovery, Seam, SmallerCallback, hand_over, refuse_unrecoverable
 from finllm_prune.training.sensitivity import measure_sensitivity
-from finllm_prune.training.teacher_logits import with_teacher_logits
+from finllm_prune.training.teacher_logits import with_kept_logits, with_teacher_logits
 from finllm_prune.training.trainer import PruningTrainer
 
 __all__ = [
-    "RECORD_FILE", "Distillation", "Lora", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery", "Seam",
-    "SmallerCallback", "Teacher",
+    "RECORD_FILE", "Cosines", "Distillation", "Lora", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery",
+    "Seam", "SmallerCallback", "Teacher",
     "adapt", "hand_over", "lies_in", "measure_sensitivity", "merge", "prune_block", "prune_once", "record",
     "refuse_beside_lora", "refuse_no_chain",
-    "refuse_unrecoverable", "sample_batches", "uniform_layers", "with_teacher_logits",
+    "refuse_unrecoverable", "sample_batches", "sentence_transformers", "uniform_layers", "with_kept_logits",
+    "with_teacher_logits",
 ]  # fmt: skip

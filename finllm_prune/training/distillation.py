@@ -85,6 +85,7 @@ class Teacher:
         width: of the student's hidden states; None says that it is the teacher's.
 
     Attributes:
+        compares_layers: whether its loss needs hidden states.
         projection: from the student's width to the teacher's; None where both are equal or nothing needs it. Whoever
             trains the student trains its parameters too, as PruningTrainer does.
     """
@@ -94,6 +95,7 @@ class Teacher:
         self.settings = settings
         self.layers = list(layers)
         self.outputs = model.config.num_labels
+        self.compares_layers = settings.compares_layers
         self.of_sets = model.config.problem_type == "multi_label_classification"
         own = model.config.hidden_size
         widths_differ = settings.hidden > 0 and width not in (None, own)

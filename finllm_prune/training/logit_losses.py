@@ -41,3 +41,19 @@ def margin_mse(student: Tensor, teacher: Tensor, relevance: Tensor) -> Tensor:
     squares = (off[:, :, None] - off[:, None, :]).square()
     total: Tensor = squares.where(pairs, 0.0).sum() / pairs.sum().clamp_min(1)
     return total
+
+
+def centred_mse(student: Tensor, teacher: Tensor, relevance: Tensor) -> Tensor:
+    """The mean squared difference of scores less their mean in the list, mean over lists.
+
+    That is half of the mean squared difference of margins over all pairs of a list, equally relevant ones too.
+
+    Args:
+        student, teacher: scores (rows, passages).
+        relevance: of the passages; below 0 there is none.
+    """
+    there = relevance >= 0
+    count = there.sum(1, keepdim=True).clamp_min(1)
+    off = (student.float() - teacher.float()).where(there, 0.0)
+    squares = (off - off.sum(1, keepdim=True) / count).square().where(there, 0.0)
+    return (squares.sum(1, keepdim=True) / count).mean()

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import DataCollator, PreTrainedModel
 
 from finllm_prune.inference import logits_of
@@ -35,11 +37,20 @@ def with_teacher_logits(
         folder: where the file is written, by the first rank.
         batch_size: rows at a time.
     """
-    path = folder / f"teacher_logits-{_fingerprint(model, rows)[:16]}.safetensors"
+    return with_kept_logits(
+        rows, folder, _fingerprint(model, rows), lambda: logits_of(model, rows, collator, batch_size)
+    )
+
+
+def with_kept_logits(
+    rows: datasets.Dataset, folder: Path, fingerprint: str, compute: Callable[[], Tensor]
+) -> datasets.Dataset:  # fmt: skip
+    """The same, of whatever ``compute`` brings (rows, outputs), once for each ``fingerprint``."""
+    path = folder / f"teacher_logits-{fingerprint[:16]}.safetensors"
     with PartialState().main_process_first():
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            save_tensors({TEACHER_LOGITS: logits_of(model, rows, collator, batch_size)}, path)
+            save_tensors({TEACHER_LOGITS: compute()}, path)
             logger.info("The teacher's logits of %d rows are kept in %s.", len(rows), path.name)
     column = load_file(path)[TEACHER_LOGITS].tolist()
     return rows.add_column(TEACHER_LOGITS, column, feature=datasets.List(datasets.Value("float32")))

@@ -32,6 +32,7 @@ from finllm_prune.pruning import Pruner, not_finite, split_mesh
 from finllm_prune.staging import clear_when_full
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
+from finllm_prune.training.cosines import Cosines
 from finllm_prune.training.distillation import Teacher
 from finllm_prune.training.projection import PROJECTION_FILE, ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
@@ -58,9 +59,9 @@ class PruningTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None, teacher: Teacher | None = None,
-        task_loss: Callable[[Tensor, Tensor], Tensor] | None = None, recording: Recording | None = None,
-        description: str = "train", **kwargs: Any,
+        self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None,
+        teacher: Teacher | Cosines | None = None, task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        recording: Recording | None = None, description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
@@ -112,7 +113,7 @@ class PruningTrainer(Trainer):
         if teacher is None and self.task_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own = {key: value for key, value in inputs.items() if key != TEACHER_LOGITS}
-        options = {} if teacher is None else {"output_hidden_states": teacher.settings.compares_layers}
+        options = {} if teacher is None else {"output_hidden_states": teacher.compares_layers}
         gather = gather_of(self.data_collator)
         if PARTS in inputs:
             assert self.task_loss is not None, "no model has a loss of its own for rows of several sequences"
@@ -190,7 +191,7 @@ class PruningTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's, which trains the teacher's projection too."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self.teacher is not None and self.teacher.projection is not None:
+        if isinstance(self.teacher, Teacher) and self.teacher.projection is not None:
             self.teacher.to(self.args.device)
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             new = [parameter for parameter in self.teacher.projection.parameters() if id(parameter) not in held]

@@ -1,0 +1,100 @@
+"""A reranker's first lessons: how a sentence encoder orders the passages of a query by itself."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from finllm_prune.errors import InputError
+from finllm_prune.inference import Gather
+from finllm_prune.training.logit_losses import centred_mse
+from finllm_prune.training.teacher_logits import TEACHER_LOGITS
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """``alpha * M + (1 - alpha) * task loss``: what the dense reranker learns from a sentence encoder, beside the labels.
+
+    M is the mean squared difference between scores and ``scale * cosine``, each less its mean over the passages of a list
+    (``centred_mse``). A sentence encoder knows meanings but reads a query and a passage apart; a cross-encoder that starts from
+    its weights has to learn to compare, which labels teach slowly, and the encoder's own cosines fast (Trans-Encoder, Liu et
+    al. 2022, https://arxiv.org/abs/2109.13059).
+
+    Args:
+        encoder: a local folder or Hub id that sentence-transformers reads; the model's own base is a good one.
+        alpha: the weight of the cosines against the labels, 0..1.
+        scale: what cosines are multiplied by; above 0. How far apart the scores of a list come to lie.
+    """
+
+    compares_layers: ClassVar[bool] = False
+    projection: ClassVar[None] = None
+
+    encoder: str
+    alpha: float = 0.7
+    scale: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1 or self.scale <= 0:
+            raise InputError("dense.cosines: alpha must lie in 0..1, and scale above 0")
+
+    def loss(self, outputs: dict[str, Any], inputs: dict[str, Tensor], gather: Gather | None = None) -> Tensor:
+        """The whole training loss, as ``Teacher.loss``; the batch carries the cosines as ``teacher_logits``."""
+        distance = centred_mse(outputs["logits"], self.scale * inputs[TEACHER_LOGITS], inputs["labels"])
+        loss: Tensor = self.alpha * distance + (1.0 - self.alpha) * outputs["loss"]
+        return loss
+
+    def fingerprint(self, rows: datasets.Dataset, tokens: int) -> str:
+        """sha256 over what the cosines come of."""
+        digest = hashlib.sha256(json.dumps([self.encoder, tokens]).encode())
+        for row in rows:
+            digest.update(json.dumps([row["text"], row["passages"]]).encode())
+        return digest.hexdigest()
+
+    def of(
+        self, rows: datasets.Dataset, location: str, tokens: int, width: int, arguments: TrainingArguments
+    ) -> Tensor:
+        """The cosines of each list, (lists, width); a short list is filled up with 0.
+
+        Args:
+            rows: ``text`` (a query) and ``passages``.
+            location: what ``from_pretrained`` takes for the encoder.
+            tokens: texts are cut to these, as the reranker sees no more of them.
+            width: passages of the longest list.
+            arguments: where the encoder runs, and whether in bf16.
+        """
+        encoder = sentence_transformers().SentenceTransformer(
+            location, device=str(arguments.device), trust_remote_code=False
+        )
+        encoder.max_seq_length = min(tokens, encoder.max_seq_length or tokens)
+        queries, passages = (
+            list(dict.fromkeys(rows["text"])),
+            list(dict.fromkeys(chain.from_iterable(rows["passages"]))),
+        )
+        options: dict[str, Any] = {"normalize_embeddings": True, "convert_to_tensor": True}
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+            asked = dict(zip(queries, encoder.encode_query(queries, **options).float().cpu(), strict=True))
+            told = dict(zip(passages, encoder.encode_document(passages, **options).float().cpu(), strict=True))
+        found = torch.zeros(len(rows), width)
+        for i, row in enumerate(rows):
+            found[i, : len(row["passages"])] = (
+                torch.stack([told[each] for each in row["passages"]]) @ asked[row["text"]]
+            )
+        return found
+
+
+def sentence_transformers() -> Any:
+    """The package, which only this needs."""
+    try:
+        import sentence_transformers
+    except ImportError:
+        raise InputError(
+            "dense.cosines: it needs the package sentence-transformers, which is not installed: "
+            "pip install 'finllm-prune[cosines]'"
+        ) from None
+    return sentence_transformers
