@@ -46,8 +46,9 @@ from finllm_prune.training import (
     Recording,
     Recovery,
     refuse_beside_lora,
+    refuse_unless_part,
     refuse_unrecoverable,
-)  # fmt: skip
+)
 from finllm_prune.vocabulary import Trim
 
 T = typing.TypeVar("T")
@@ -66,19 +67,12 @@ class Model:
     Args:
         name: a local folder or Hub id.
         keep_layers: the blocks to keep, ascending (``[0, 2, 4]``); the others are dropped before pruning starts.
-        dropout: in all dropout layers while it is trained, 0 to below 1; None leaves what its config says. A small model
-            that is trained for a short time learns faster without.
         license: declared for the pruned model; None takes it from the base model's own card.
     """
 
     name: str
     keep_layers: list[int] | None = None
-    dropout: float | None = None
     license: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise InputError(f"model.dropout: a part from 0 to below 1 is dropped, not {self.dropout:g}")
 
 
 @dataclass(frozen=True)
@@ -88,12 +82,17 @@ class Dense:
     Args:
         checkpoint: a model that is already fine-tuned on the task; None trains one first.
         training: what differs from the recipe's ``training`` while it is trained.
+        dropout: in all its dropout layers meanwhile, 0 to below 1; None leaves what its config says.
         cosines: what a reranker learns from a sentence encoder; None trains on the labels alone.
     """
 
     checkpoint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    dropout: float | None = None
     cosines: Cosines | None = None
+
+    def __post_init__(self) -> None:
+        refuse_unless_part(self.dropout, "dense.dropout")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from finllm_prune.training import (
     SmallerCallback,
     Teacher,
     adapt,
+    drop_out,
     hand_over,
     measure_sensitivity,
     merge,
@@ -79,19 +80,12 @@ def dense(ready: Prepared) -> PreTrainedModel:
     if not exists:
         model = ready.model
         if ready.recipe.dense.checkpoint is None:
-            _drop_out(model, ready.recipe.model.dropout)
+            drop_out(model, ready.recipe.dense.dropout)
             adapted = adapt(model, ready.recipe.peft, ready.arguments.seed)
             _trainer(ready, adapted, "dense", ready.recipe.dense.training, **_lessons(ready)).go_on()
             model = merge(adapted)
         _save_plain(model, ready.tokenizer, folder)
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
-
-
-def _drop_out(model: nn.Module, part: float | None) -> None:
-    """The config keeps the model's own, for whoever trains it next."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and part is not None:
-            module.p = part
 
 
 def _lessons(ready: Prepared) -> dict[str, Any]:
@@ -116,7 +110,8 @@ def prune(
     """
     recipe = ready.recipe
     student = load_model(recipe.task, str(ready.work / "dense"), ready.examples.labels)
-    _drop_out(student, recipe.model.dropout)
+    if recipe.distillation is not None:
+        drop_out(student, recipe.distillation.dropout)
     architecture = find_architecture(student.config.model_type)
     depth = architecture.depth_of(student.config)
     if recipe.model.keep_layers is not None:

@@ -19,7 +19,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.inference import logits_of
 from finllm_prune.prepare import prepare, read
 from finllm_prune.recipe import parse
-from finllm_prune.run import dense
+from finllm_prune.run import dense, prune
 from finllm_prune.training import Cosines
 from finllm_prune.training.logit_losses import centred_mse
 from tests.rankings import write_set
@@ -80,7 +80,7 @@ def written(encoder: Path, folder: Path, **cosines: object) -> dict[str, Any]:
 
 def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, encoder: Path) -> None:
     asked = written(encoder, write_set(tmp_path / "set"), alpha=1.0)
-    asked["model"] = {"name": asked["model"], "dropout": 0.05}
+    asked["dense"]["dropout"], asked["distillation"] = 0.05, {"dropout": 0.2}
     ready = prepare(parse(asked), resume=False, overwrite=False)
     rows, collator = ready.tokens["train"], ready.recipe.task.collator(ready.tokenizer)
     fresh = copy.deepcopy(ready.model)
@@ -94,6 +94,8 @@ def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, enc
     assert {module.p for module in ready.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.05}
     assert {module.p for module in learned.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     assert off[1] < 0.5 * off[0]
+    student, *_ = prune(ready, {})
+    assert {module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,8 @@ def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, enc
         ({"task": {"name": "sentiment"}}, "dense.cosines: they compare a query with passages"),
         ({"dense": {"cosines": {"encoder": "nowhere/at all"}}}, "dense.cosines.encoder: there is no folder"),
         ({"dense": {"cosines": {"encoder": "it", "alpha": 2.0}}}, "dense.cosines: alpha must lie in 0..1"),
+        ({"dense": {"dropout": 1.0}}, "dense.dropout: a part from 0 to below 1 is dropped, not 1"),
+        ({"distillation": {"dropout": -0.1}}, "distillation.dropout: a part from 0 to below 1 is dropped, not -0.1"),
     ],
 )
 def test_cosines_that_cannot_teach_are_refused(

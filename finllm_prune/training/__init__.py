@@ -2,7 +2,7 @@
 
 from finllm_prune.training.batches import sample_batches
 from finllm_prune.training.cosines import Cosines, sentence_transformers
-from finllm_prune.training.distillation import Distillation, Teacher
+from finllm_prune.training.distillation import Distillation, Teacher, drop_out, refuse_unless_part
 from finllm_prune.training.layers import uniform_layers
 from finllm_prune.training.lora import Lora, adapt, merge, refuse_beside_lora
 from finllm_prune.training.oneshot import Pass, lies_in, prune_block, prune_once, record, refuse_no_chain
@@ -15,8 +15,8 @@ from finllm_prune.training.trainer import PruningTrainer
 __all__ = [
     "RECORD_FILE", "Cosines", "Distillation", "Lora", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery",
     "Seam", "SmallerCallback", "Teacher",
-    "adapt", "hand_over", "lies_in", "measure_sensitivity", "merge", "prune_block", "prune_once", "record",
+    "adapt", "drop_out", "hand_over", "lies_in", "measure_sensitivity", "merge", "prune_block", "prune_once", "record",
     "refuse_beside_lora", "refuse_no_chain",
-    "refuse_unrecoverable", "sample_batches", "sentence_transformers", "uniform_layers", "with_kept_logits",
+    "refuse_unless_part", "refuse_unrecoverable", "sample_batches", "sentence_transformers", "uniform_layers", "with_kept_logits",
     "with_teacher_logits",
 ]  # fmt: skip

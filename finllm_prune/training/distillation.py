@@ -42,6 +42,8 @@ class Distillation:
             with the layer of the student that is nearest to it, and a lower one with a lower one. CoFi goes greedily from
             the top; here the pairs of the smallest sum are taken.
         relations: the weight of the relations between tokens; it needs no projection. 0 leaves them out.
+        dropout: in all dropout layers of the student, 0 to below 1; None leaves what its config says. Who imitates a teacher
+            is held by it, and in a short run learns more without the noise.
         cache: let the teacher run over the training rows once and keep its logits on disk; for logits alone.
     """
 
@@ -52,6 +54,7 @@ class Distillation:
     hidden: float = 10.0
     layers: Literal["uniform", "dynamic"] = "uniform"
     relations: float = 0.0
+    dropout: float | None = None
     cache: bool = False
 
     def __post_init__(self) -> None:
@@ -59,6 +62,7 @@ class Distillation:
             raise InputError(
                 "distillation: alpha must lie in 0..1, temperature above 0, and hidden and relations must not be negative"
             )
+        refuse_unless_part(self.dropout, "distillation.dropout")
         if self.layers == "dynamic" and self.hidden == 0:
             raise InputError(
                 "distillation.layers: dynamic matches layers by their hidden states; set hidden above 0, or layers: uniform"
@@ -73,6 +77,19 @@ class Distillation:
     def compares_layers(self) -> bool:
         """Whether the loss needs hidden states of student and teacher."""
         return self.hidden > 0 or self.relations > 0
+
+
+def drop_out(model: torch.nn.Module, part: float | None) -> None:
+    """Set all dropout layers, unless it is None; the config keeps the model's own, for whoever trains it next."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and part is not None:
+            module.p = part
+
+
+def refuse_unless_part(dropout: float | None, key: str) -> None:
+    """Raises InputError where ``key`` is no part that can be dropped."""
+    if dropout is not None and not 0 <= dropout < 1:
+        raise InputError(f"{key}: a part from 0 to below 1 is dropped, not {dropout:g}")
 
 
 class Teacher:
