@@ -17,6 +17,6 @@ __all__ = [
     "Seam", "SmallerCallback", "Teacher",
     "adapt", "drop_out", "hand_over", "lies_in", "measure_sensitivity", "merge", "prune_block", "prune_once", "record",
     "refuse_beside_lora", "refuse_no_chain",
-    "refuse_unless_part", "refuse_unrecoverable", "sample_batches", "sentence_transformers", "uniform_layers", "with_kept_logits",
-    "with_teacher_logits",
+    "refuse_unless_part", "refuse_unrecoverable", "sample_batches", "sentence_transformers", "uniform_layers",
+    "with_kept_logits", "with_teacher_logits",
 ]  # fmt: skip
