@@ -21,7 +21,7 @@ from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.run import dense as dense_of
 from finllm_prune.run import prune
-from finllm_prune.training import Teacher
+from finllm_prune.training import Teacher, drop_out
 
 
 def run(cell: Cell, protocol: Protocol) -> Row:
@@ -34,6 +34,8 @@ def run(cell: Cell, protocol: Protocol) -> Row:
     )
     ready = prepare(plan, resume=False, overwrite=True)
     student, dense = (load_model(plan.task, str(source), ready.examples.labels) for _ in range(2))
+    if plan.distillation is not None:
+        drop_out(student, plan.distillation.dropout)
     family = find_family(student.config.model_type)
     layers = range(len(family.layers(student)))
     parts: dict[str, Any] = {"teacher": Teacher(dense, plan.distillation, layers) if plan.distillation else None}

@@ -62,6 +62,11 @@ def on_labels(method: Method) -> Method:
     return replace(method, recipe=method.recipe | {"distillation": None})
 
 
+def without_dropout(method: Method) -> Method:
+    """The same with a student that hears its teacher without noise."""
+    return replace(method, recipe=method.recipe | {"distillation": {"dropout": 0.0}})
+
+
 def recovered(method: Method) -> Method:
     """The same with the training after the freeze, which comes at half of the run, on the small model."""
     quiet = {"save_strategy": "no", "disable_tqdm": True, "report_to": "none"}
@@ -87,6 +92,7 @@ METHODS = {
     **{name: unstructured(name) for name in CRITERIA},
     **{f"structured_{name}": structured(name) for name in CRITERIA},
     "structured_taylor_uneven": uneven(structured("taylor")),
+    "structured_taylor_no_dropout": without_dropout(structured("taylor")),
     "structured_taylor_recovery": recovered(structured("taylor")),
     "structured_taylor_early": at_full_size(recovered(structured("taylor"))),
     "movement_factored": unstructured({"name": "movement", "moments": "factored"}),
