@@ -1,8 +1,10 @@
 """The errors that a user can act on. Each message is one sentence: what is wrong, where, and the remedy."""
 
+import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,17 @@ class HubError(RuntimeError):
 def one_line(error: BaseException) -> str:
     """What a library said, as a part of such a sentence."""
     return " ".join(str(error).split())
+
+
+def optional(module: str, key: str, extra: str) -> Any:
+    """A package that only ``key`` of a recipe needs; raises InputError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        package = module.replace("_", "-")
+        raise InputError(
+            f"{key}: it needs the package {package}, which is not installed: pip install 'finllm-prune[{extra}]'"
+        ) from None
 
 
 @contextmanager

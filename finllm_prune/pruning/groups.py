@@ -313,12 +313,11 @@ class Group:
 
         Where a cut is for good, they are gone.
         """
+        if not self.rule.regrow:
+            self.zero()
+            return
         for slot in self.slots:
             slot.parked = None
-            if not self.rule.regrow:
-                if self.cut:
-                    slot.weight.masked_fill_(self.pruned(slot), 0)
-                continue
             if self.gate is not None:
                 # The larger of the two parts is at least half of W, so one of the subtractions is exact (Sterbenz), and
                 # W comes back to the bit.
@@ -346,7 +345,7 @@ class Group:
                 slot.origin = None
 
     def zero(self) -> None:
-        """Write the cut weights as zeros and forget their values: no unit comes back after the masks are frozen."""
+        """Write the cut weights as zeros and forget their values: these units do not come back."""
         for slot in self.slots:
             slot.parked = None
             if self.cut:

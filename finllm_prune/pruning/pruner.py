@@ -464,7 +464,7 @@ def refuse_unsplittable(rules: Sequence[Rule]) -> None:
                 f"pruning.rules.{i}.criterion: {type(rule.criterion).__name__} looks at all of a matrix at once, which FSDP "
                 "splits among ranks; set movement, taylor or platon, or launch with DDP"
             )
-        if isinstance(rule.criterion, Movement) and rule.criterion.moments == "factored" and rule.structure.single:
+        if isinstance(rule.criterion, Movement) and rule.criterion.factors(rule.structure):
             raise InputError(
                 f"pruning.rules.{i}.criterion: factored moments are means over whole columns, which FSDP splits among ranks; "
                 "set moments: whole, or launch with DDP"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, optional
 from finllm_prune.inference import Gather
 from finllm_prune.training.logit_losses import centred_mse
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
@@ -72,29 +72,19 @@ class Cosines:
             location, device=str(arguments.device), trust_remote_code=False
         )
         encoder.max_seq_length = min(tokens, encoder.max_seq_length or tokens)
-        queries, passages = (
-            list(dict.fromkeys(rows["text"])),
-            list(dict.fromkeys(chain.from_iterable(rows["passages"]))),
-        )
+        queries = list(dict.fromkeys(rows["text"]))
+        passages = list(dict.fromkeys(chain.from_iterable(rows["passages"])))
         options: dict[str, Any] = {"normalize_embeddings": True, "convert_to_tensor": True}
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
             asked = dict(zip(queries, encoder.encode_query(queries, **options).float().cpu(), strict=True))
             told = dict(zip(passages, encoder.encode_document(passages, **options).float().cpu(), strict=True))
         found = torch.zeros(len(rows), width)
         for i, row in enumerate(rows):
-            found[i, : len(row["passages"])] = (
-                torch.stack([told[each] for each in row["passages"]]) @ asked[row["text"]]
-            )
+            of_list = torch.stack([told[each] for each in row["passages"]])
+            found[i, : len(of_list)] = of_list @ asked[row["text"]]
         return found
 
 
 def sentence_transformers() -> Any:
     """The package, which only this needs."""
-    try:
-        import sentence_transformers
-    except ImportError:
-        raise InputError(
-            "dense.cosines: it needs the package sentence-transformers, which is not installed: "
-            "pip install 'finllm-prune[cosines]'"
-        ) from None
-    return sentence_transformers
+    return optional("sentence_transformers", key="dense.cosines", extra="cosines")

@@ -1,7 +1,6 @@
 """LoRA while pruning: only adapters and the task's head train, beside frozen weights (Hu et al. 2021, by peft)."""
 
 import functools
-import importlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, optional
 from finllm_prune.pruning import L0, Adapter, Frozen, Gradient, Group, Pruner, Rule, ScoreMovement, SecondOrder, attach
 
 
@@ -123,12 +122,7 @@ def _adapters_of(adapted: nn.Module) -> dict[nn.Parameter, Adapter]:
 
 
 def _peft() -> Any:
-    try:
-        return importlib.import_module("peft")
-    except ModuleNotFoundError:
-        raise InputError(
-            "peft: it needs the package peft, which is not installed: pip install 'finllm-prune[peft]'"
-        ) from None
+    return optional("peft", key="peft", extra="peft")
 
 
 def refuse_beside_lora(rules: Iterable[Rule], lora: Lora, fp16: bool) -> None:

@@ -14,6 +14,7 @@ from finllm_prune.pruning.criteria.criterion import Criterion, State, Step, blen
 
 if TYPE_CHECKING:
     from finllm_prune.pruning.groups import Group
+    from finllm_prune.pruning.structures import Structure
 
 
 _MEMORY, _EPSILON = 0.999, 1e-8  # of Adam's second moment
@@ -49,8 +50,7 @@ class LearnedScores(Criterion):
         rank = torch.empty_like(size).view(-1)
         rank[size.view(-1).argsort(stable=True)] = torch.arange(size.numel(), device=size.device, dtype=size.dtype)
         scores = group.part((rank * (self.initial * self.travel / size.numel())).view(size.shape))
-        zeros = torch.zeros_like(scores)
-        return {"scores": scores, "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": scores.new_zeros(())}
+        return {"scores": scores, "step": scores.new_zeros(()), **self._moments(group, scores)}
 
     def observe(self, group: "Group", state: State, step: Step) -> None:
         self._descend(state, gate_gradient(group), step)
@@ -60,6 +60,9 @@ class LearnedScores(Criterion):
 
     def learned(self, state: State) -> Tensor:
         return state["scores"]
+
+    def _moments(self, group: "Group", scores: Tensor) -> State:
+        return {"exp_avg": torch.zeros_like(scores), "exp_avg_sq": torch.zeros_like(scores)}
 
     def _descend(self, state: State, gradient: Tensor, step: Step) -> None:
         adam(
@@ -98,18 +101,8 @@ class Movement(LearnedScores):
         if self.moments not in ("whole", "factored"):
             raise InputError(f"criterion movement: moments must be whole or factored, not {self.moments}")
 
-    def start(self, group: "Group") -> State:
-        state = super().start(group)
-        if self._factors(group):
-            del state["exp_avg"], state["exp_avg_sq"]
-            state |= {
-                "rows": state["scores"].new_zeros(group.shape[0]),
-                "columns": state["scores"].new_zeros(group.shape[1]),
-            }
-        return state
-
     def observe(self, group: "Group", state: State, step: Step) -> None:
-        if not self._factors(group):
+        if not self.factors(group.rule.structure):
             super().observe(group, state, step)
             return
         weight = group.slots[0].effective.float()
@@ -125,14 +118,21 @@ class Movement(LearnedScores):
     def score(self, group: "Group", state: State) -> Tensor:
         if self.sensitivity == 0:
             return state["scores"]
-        if self._factors(group):
+        if self.factors(group.rule.structure):
             square = _mean_square(state).mul_(group.slots[0].effective.float().square())
         else:
             square = state["exp_avg_sq"].clone()
         return state["scores"].add(square.add_(_FLOOR).log_(), alpha=0.5 * self.sensitivity)
 
-    def _factors(self, group: "Group") -> bool:
-        return self.moments == "factored" and group.rule.structure.single
+    def factors(self, structure: "Structure") -> bool:
+        """Whether the moments of such units are means over rows and columns."""
+        return self.moments == "factored" and structure.single
+
+    def _moments(self, group: "Group", scores: Tensor) -> State:
+        if not self.factors(group.rule.structure):
+            return super()._moments(group, scores)
+        rows, columns = group.shape
+        return {"rows": scores.new_zeros(rows), "columns": scores.new_zeros(columns)}
 
     def worth(self, score: Tensor) -> Tensor | None:
         """``rms(g * w)`` times ``e^(S / sensitivity)``: the loss's first-order change, weighed by what the scores learnt."""
