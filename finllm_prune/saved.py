@@ -99,15 +99,12 @@ def evaluate_saved(
     logits = {name: Saved(name, task, examples).logits(examples.splits["test"]) for name in names}
     quality = compare(task.judge(examples), logits[baseline or model], logits[model], seed)
     if baseline is not None:
-        return asdict(quality), [*quality_rows(quality), *first_stage_rows(examples.facts)]
-    figures = {
-        name: {"value": value["pruned"], "interval": value["pruned_interval"]}
-        for name, value in quality.metrics.items()
-    }
+        return asdict(quality), [*quality_rows(quality), *first_stage_rows(quality.metrics, examples.facts)]
+    figures = {name: _of_one(value) for name, value in quality.metrics.items()}
     rows: Rows = [
         (name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()
     ]
-    return figures, rows + [(what, value) for what, value, _ in first_stage_rows(examples.facts)]
+    return figures, rows + [(what, value) for what, _, value in first_stage_rows(quality.metrics, examples.facts)]
 
 
 def ask(model: str, texts: Sequence[str]) -> Tensor:
@@ -125,6 +122,14 @@ def ask(model: str, texts: Sequence[str]) -> Tensor:
     task = recipe.task
     rows = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": [0] * len(texts)})
     return Saved(model, task, Examples({}, class_names(load_config(location)), model)).logits(rows)
+
+
+def _of_one(metric: dict[str, Any]) -> dict[str, Any]:
+    """What ``compare`` found of a model that was held against itself."""
+    above = {
+        key.removeprefix("pruned_"): metric[key] for key in metric if key.startswith(("pruned_above", "first_stage"))
+    }
+    return {"value": metric["pruned"], "interval": metric["pruned_interval"]} | above
 
 
 def _beside(model: str) -> Recipe | None:

@@ -230,8 +230,13 @@ def finished(tmp_path: Path, tiny_folder, call) -> Path:
 
 def test_a_run_ranks_and_its_folders_are_cross_encoders(finished: Path, call, capsys) -> None:
     report = json.loads((finished / "report.json").read_text())
-    assert 0 < report["ndcg_at_10"]["pruned"] <= 1
+    ndcg = report["ndcg_at_10"]
+    assert 0 < ndcg["pruned"] <= 1
     assert report["data"]["first_stage"]["name"] == "BM25 (k1 0.9, b 0.4)"
+    assert ndcg["first_stage"] == report["data"]["first_stage"]["test"]["ndcg_at_10"]
+    assert ndcg["dense_above_first_stage"] == pytest.approx(ndcg["dense"] - ndcg["first_stage"])
+    low, high = ndcg["pruned_above_first_stage_interval"]
+    assert low < ndcg["pruned_above_first_stage"] < high
     assert report["data"]["test_labels"] == {"relevant": 24, "others": 24}
     card = (finished / "README.md").read_text()
     assert "pipeline_tag: text-ranking" in card
@@ -254,7 +259,9 @@ def test_a_run_ranks_and_its_folders_are_cross_encoders(finished: Path, call, ca
     capsys.readouterr()
     out = finished.parent / "figures.json"
     assert call("evaluate", finished / "compact", "--task", "reranking", "--dataset", task.dataset, "--json", out) == 0
-    assert json.loads(out.read_text())["ndcg_at_10"]["value"] == pytest.approx(report["ndcg_at_10"]["pruned"])
+    found = json.loads(out.read_text())["ndcg_at_10"]
+    assert found["value"] == pytest.approx(ndcg["pruned"])
+    assert found["above_first_stage_interval"] == pytest.approx([low, high])
     assert "nDCG@10 of BM25" in capsys.readouterr().out
 
 

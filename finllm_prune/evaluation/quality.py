@@ -21,7 +21,8 @@ class Quality:
 
     Args:
         metrics: name -> ``dense`` and ``pruned`` values and their ``difference`` (pruned - dense), each with its 95 % bootstrap
-            interval (``..._interval``), the difference's over the same units of both.
+            interval (``..._interval``), the difference's over the same units of both. Where a first stage has decided before
+            them also ``first_stage``, and what either model adds: ``dense_above_first_stage``, ``pruned_above_first_stage``.
         retention: name -> pruned / dense; 0 where the dense value is not above 0, of which no part can be kept.
         agreement: the part of units (rows, or queries) for which both models decide the same.
         flips: how many units lost and won by pruning: ``right_to_wrong`` and ``wrong_to_right`` where there is a right answer.
@@ -62,10 +63,11 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
     """
     refuse_one_unit(judge)
     answers = {"dense": judge.answers(dense), "pruned": judge.answers(pruned)}
+    found = judge.without_model()
     values: dict[str, dict[str, Any]] = {name: {} for name in judge.metrics}
     for name, value in values.items():
         draws = {}
-        for kind, given in answers.items():
+        for kind, given in (answers if found is None else answers | {"first_stage": found}).items():
 
             def metric(draws: Indices, axis: int, name: str = name, given: Any = given) -> NDArray[np.float64]:
                 return judge.values(name, given, draws)
@@ -73,8 +75,12 @@ def compare(judge: Judge, dense: Tensor, pruned: Tensor, seed: int = 0, resample
             value[kind] = judge.value(name, given)
             draws[kind] = _resampled(metric, len(judge), seed, resamples)
             value[f"{kind}_interval"] = _interval(draws[kind])
-        value["difference"] = value["pruned"] - value["dense"]
-        value["difference_interval"] = _interval(draws["pruned"] - draws["dense"])  # both of the same units each time
+        pairs = {"difference": ("pruned", "dense")}
+        if found is not None:
+            pairs |= {f"{kind}_above_first_stage": (kind, "first_stage") for kind in answers}
+        for what, (one, other) in pairs.items():
+            value[what] = value[one] - value[other]
+            value[f"{what}_interval"] = _interval(draws[one] - draws[other])  # both of the same units each time
     was, now = (judge.worth(given) for given in answers.values())
     test, p = judge.paired_test(**answers)
     return Quality(

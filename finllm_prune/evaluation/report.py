@@ -97,7 +97,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The table of a run: what, dense, pruned."""
-        out = quality_rows(self.quality) + first_stage_rows(self.run.get("data", {}))
+        out = quality_rows(self.quality) + first_stage_rows(self.quality.metrics, self.run.get("data", {}))
         for name, other in self.exported.items():
             out += [(f"{what.strip()}, {name}", dense, pruned) for what, dense, pruned in quality_rows(other)]
         for name, part in self.sparsity.items():
@@ -147,10 +147,7 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
     """The part of the table that compares predictions: what, dense, pruned."""
     out = []
     for name, value in quality.metrics.items():
-        dense, pruned = (
-            f"{value[kind]:.3f} [{value[f'{kind}_interval'][0]:.3f}, {value[f'{kind}_interval'][1]:.3f}]"
-            for kind in ("dense", "pruned")
-        )
+        dense, pruned = (_with_interval(value, kind) for kind in ("dense", "pruned"))
         out.append((f"{TITLES.get(name, name)} [95 % interval]", dense, pruned))
         what = "part of the dense model's" if name in ERRORS else "retention of"
         part = (
@@ -165,14 +162,24 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
     return out
 
 
-def first_stage_rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What the candidates of a reranker are worth as they came, where there are some; the same for both models."""
+def first_stage_rows(metrics: dict[str, dict[str, Any]], facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What the candidates of a reranker are worth as they came, where there are some, and what each model adds to that."""
     if (found := facts.get("first_stage")) is None:
         return []
-    figures = found["test"]
-    rows = [(f"{TITLES[name]} of {found['name']} alone", value) for name, value in figures.items() if name in TITLES]
-    rows.append((f"relevant passages among its {found['candidates']} candidates", figures["recall"]))
-    return [(what, f"{value:.3f}", f"{value:.3f}") for what, value in rows]
+    rows = []
+    for name, value in metrics.items():
+        if "first_stage" in value:
+            alone = _with_interval(value, "first_stage")
+            rows.append((f"{TITLES[name]} of {found['name']} alone", alone, alone))
+            dense, pruned = (_with_interval(value, f"{kind}_above_first_stage", "+.3f") for kind in ("dense", "pruned"))
+            rows.append((f"  {TITLES[name]} above that", dense, pruned))
+    recall = f"{found['test']['recall']:.3f}"
+    return [*rows, (f"relevant passages among its {found['candidates']} candidates", recall, recall)]
+
+
+def _with_interval(value: dict[str, Any], kind: str, shape: str = ".3f") -> str:
+    low, high = value[f"{kind}_interval"]
+    return f"{value[kind]:{shape}} [{low:{shape}}, {high:{shape}}]"
 
 
 def check_gates(gates: dict[str, float]) -> None:

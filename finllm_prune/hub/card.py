@@ -131,7 +131,7 @@ def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: di
         metrics=metrics,
         titles=TITLES,
         errors=ERRORS,
-        first_stage=inert(first_stage_rows(figures["data"])),
+        first_stage=inert(first_stage_rows(metrics, figures["data"])),
         gates=[{"name": name, "sign": "≥" if GATES[name] == "min" else "≤", **gate} for name, gate in figures["gates"].items()],
         p_value=p_value,
         keep_layers=recipe["model"]["keep_layers"],

@@ -72,6 +72,10 @@ class ClassJudge:
     def paired_test(self, dense: Answers, pruned: Answers) -> tuple[str, float]:
         return "McNemar's exact test", mcnemar_p(*(each[:, 0] == self.references for each in (dense, pruned)))
 
+    def without_model(self) -> Answers | None:
+        """Nothing answers."""
+        return None
+
     def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
         every = list(range(len(self.labels)))
         scores = [

@@ -67,6 +67,10 @@ class CompletionJudge:
         name = "Wilcoxon's signed-rank test of mean log-likelihoods"
         return name, float(wilcoxon(differences).pvalue) if differences.any() else 1.0
 
+    def without_model(self) -> Answers | None:
+        """Nothing answers."""
+        return None
+
     def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
         """There are no classes."""
         return {}

@@ -61,6 +61,10 @@ class Judge(Protocol):
         """The name of the test that neither model is better, and its two-sided p."""
         ...
 
+    def without_model(self) -> Answers | None:
+        """What was decided before any model was asked, where something is: a first stage's order."""
+        ...
+
     def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
         """Class -> a figure of ``dense`` and ``pruned``, and ``rows``; nothing where there are no classes."""
         ...

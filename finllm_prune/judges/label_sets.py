@@ -60,6 +60,10 @@ class LabelSetJudge:
         was, now = (self.same(each, self.references) for each in (dense, pruned))
         return "McNemar's exact test of whole sets", mcnemar_p(was, now)
 
+    def without_model(self) -> Answers | None:
+        """Nothing answers."""
+        return None
+
     def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
         scores = [f1_score(self.references, each, average=None, zero_division=0.0) for each in (dense, pruned)]
         return {

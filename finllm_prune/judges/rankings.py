@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import ir_measures
 import numpy as np
+import torch
 from ir_measures import AP, RR, R, nDCG
 from numpy.typing import NDArray
 from scipy.stats import permutation_test
@@ -88,6 +89,12 @@ class RankingJudge:
             rng=np.random.default_rng(0),
         )  # fmt: skip
         return "randomization test on nDCG@10", float(result.pvalue)
+
+    def without_model(self) -> Answers:
+        """The order of the first stage."""
+        return self.answers(
+            torch.tensor([[-float(place)] for pool in self.pools.values() for place in range(len(pool))])
+        )
 
     def per_class(self, dense: Answers, pruned: Answers) -> dict[str, dict[str, float]]:
         """There are no classes."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 
 from finllm_prune.errors import InputError
 from finllm_prune.judges import RankingJudge
@@ -132,8 +131,7 @@ def pair_rows(data: Retrieval, split: str, pools: Pools) -> datasets.Dataset:
 def first_stage(judged: Judged, pools: Pools) -> dict[str, float]:
     """What candidates are worth as they came, the part of what is relevant among them, and how many queries have none."""
     judge = RankingJudge(judged, pools)
-    places = [-place for pool in judge.pools.values() for place in range(len(pool))]
-    answers = judge.answers(torch.tensor(places)[:, None])
+    answers = judge.without_model()
     parts = []
     for query, passages in judged.items():
         relevant = {passage for passage, relevance in passages.items() if relevance > 0}
