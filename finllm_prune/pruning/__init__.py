@@ -30,7 +30,8 @@ from finllm_prune.pruning.oneshot import (
     pattern_of,
     refuse_unfit,
 )
-from finllm_prune.pruning.pruner import Pruner, not_finite, refuse_overlap, refuse_unsplittable
+from finllm_prune.pruning.pruner import Pruner, not_finite
+from finllm_prune.pruning.refusals import refuse_overlap, refuse_unsplittable
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
 from finllm_prune.pruning.sharding import here, mesh_of, sampled, split_mesh, total

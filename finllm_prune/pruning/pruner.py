@@ -18,7 +18,6 @@ together. Not covered: DeepSpeed ZeRO, FSDP1, tensor parallelism and replicas in
 
 import hashlib
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +26,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning.budgets import Sensitivity, bounds
-from finllm_prune.pruning.criteria import Movement, SecondOrder, State, SteeredScores, Step
+from finllm_prune.pruning.budgets import Sensitivity
+from finllm_prune.pruning.choosing import cut, ordered, worth
+from finllm_prune.pruning.criteria import State, Step
 from finllm_prune.pruning.filling import survivors
 from finllm_prune.pruning.groups import Group, Rule, give_densities
+from finllm_prune.pruning.refusals import refuse_overlap
 from finllm_prune.pruning.schedules import Schedule
 from finllm_prune.pruning.sharding import Split, here, mesh_of, total
 from finllm_prune.pruning.targets import Costs
@@ -350,40 +351,17 @@ class Pruner:
 
     def _choose(self, final: bool, rewind: bool = True) -> None:
         fraction = 1.0 if final else self.schedule.fraction(self.progress)
-        worth: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
         for rule, groups in self._rules().values():
             states = [self._state(group) for group in groups]
-            criterion = rule.criterion
-            scores = [criterion.score(group, state) for group, state in zip(groups, states, strict=True)]
-            ends = [bounds(group.spread(score)) for group, score in zip(groups, scores, strict=True)]
-            for group, (low, high) in zip(groups, ends, strict=True):
-                if not (math.isfinite(low) and math.isfinite(high)):
-                    raise InputError(
-                        f"pruning: the scores of {group.name} are infinite or NaN at {self.progress:.0%} of the run, for the "
-                        "training has diverged; lower training.learning_rate or set training.max_grad_norm"
-                    )
-            if any(low == high and group.units > 1 for group, (low, high) in zip(groups, ends, strict=True)):
-                self._no_order(rule, final)
+            scores = ordered(rule, groups, states, self.progress, final)
+            if scores is None:
                 continue
-            if not rule.regrow:
-                scores = _cut_first(groups, scores, ends)
             if rule.sparsity is None:
-                worth |= {group.name: _worth(rule, score) for group, score in zip(groups, scores, strict=True)}
-                continue
-            density = 1.0 - fraction * rule.sparsity
-            cutoff = None if final else criterion.cutoff(fraction)
-            if cutoff is None:
-                ranked = [rule.structure.rank(score) for score in scores]
-                spread = [group.spread(score) for group, score in zip(groups, ranked, strict=True)]
-                masks = [here(mask) for mask in rule.budget.share(spread, density)]
+                shared |= worth(rule, groups, scores)
             else:
-                masks = [_above(score, cutoff) for score in scores]
-                units = sum(mask.numel() for mask in masks)
-                criterion.steer(states, sum(int(mask.sum()) for mask in masks) / units - density)
-            for group, state, mask in zip(groups, states, masks, strict=True):
-                criterion.compensate(group, state, group.mask & ~mask)
-                group.set_mask(mask if rule.regrow else mask & group.mask)
-        self._share_costs(worth, fraction)
+                cut(rule, groups, states, scores, fraction, final)
+        self._share_costs(shared, fraction)
         if final:
             for group in self.groups if rewind else []:
                 group.rewind()
@@ -418,58 +396,6 @@ class Pruner:
                 "and the others are dense again.", 100 * fine, 100 * self.sparsity(),
             )  # fmt: skip
 
-    def _no_order(self, rule: Rule, final: bool) -> None:
-        name = type(rule.criterion).__name__
-        if final:
-            raise InputError(
-                f"pruning.rules: all {name} scores of target {rule.target} are still equal at the end, so no cut has a "
-                "reason; train longer, begin earlier, or check that gradients reach the target"
-            )
-        logger.warning("No cut at progress %.3f: all %s scores of a matrix are equal.", self.progress, name)
-
-
-def _cut_first(groups: Sequence[Group], scores: Sequence[Tensor], ends: Sequence[tuple[float, float]]) -> list[Tensor]:
-    """The scores with those of cut units below all others: what is cut goes on to be cut."""
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    return [
-        score.masked_fill(~group.mask, low - 0.1 * (high - low)) for group, score in zip(groups, scores, strict=True)
-    ]
-
-
-def _worth(rule: Rule, score: Tensor) -> Tensor:
-    worth = rule.criterion.worth(score)
-    assert worth is not None  # the rule refuses such a criterion
-    return worth
-
-
-def refuse_overlap(groups: list[Group]) -> None:
-    """Each weight is cut by one rule at most, and some weight by one."""
-    if not groups:
-        raise InputError("pruning.rules: the rules match nothing in this model; name a target that it has")
-    seen: set[int] = set()
-    for group in groups:
-        for slot in group.slots:
-            if id(slot.parameter) in seen:
-                raise InputError(f"pruning.rules: {slot.name} is cut by two rules; give each target one rule")
-            seen.add(id(slot.parameter))
-
-
-def refuse_unsplittable(rules: Sequence[Rule]) -> None:
-    """What needs all of a matrix's single weights in one place, and is not done on a model that is split among ranks."""
-    for i, rule in enumerate(rules):
-        if isinstance(rule.criterion, SecondOrder) or (
-            isinstance(rule.criterion, SteeredScores) and rule.structure.single
-        ):
-            raise InputError(
-                f"pruning.rules.{i}.criterion: {type(rule.criterion).__name__} looks at all of a matrix at once, which FSDP "
-                "splits among ranks; set movement, taylor or platon, or launch with DDP"
-            )
-        if isinstance(rule.criterion, Movement) and rule.criterion.factors(rule.structure):
-            raise InputError(
-                f"pruning.rules.{i}.criterion: factored moments are means over whole columns, which FSDP splits among ranks; "
-                "set moments: whole, or launch with DDP"
-            )
-
 
 def not_finite(gradients: Sequence[Tensor]) -> Tensor:
     """1.0 (fp32) where a gradient is infinite or NaN, on any rank; no host waits for it."""
@@ -487,11 +413,3 @@ def _part(split: Split | None, tensor: Tensor, shape: torch.Size) -> Tensor:
     if split is None or tensor.shape != shape or isinstance(tensor, DTensor):
         return here(tensor)
     return split.part(tensor)
-
-
-def _above(score: Tensor, cutoff: float) -> Tensor:
-    """Units above a cutoff; the best unit stays even where none is."""
-    mask = score > cutoff
-    if not bool(mask.any()):
-        mask.view(-1)[score.reshape(-1).argmax()] = True
-    return mask
