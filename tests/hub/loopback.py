@@ -175,7 +175,8 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {}, b""
         if self.token not in ("", WRITE, READ):
             raise Refused(401, "Invalid credentials in Authorization header")
-        if match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+        path = path.replace("/api/datasets/", "/api/models/datasets/")  # a dataset is called datasets/OWNER/NAME here
+        if match := re.fullmatch(rf"/{NAME}/resolve/{REVISION}/(.+)", path):
             return self.resolve(*match.groups())
         for pattern, method in ROUTES.items():
             if match := re.fullmatch(pattern, f"{self.command} {path}"):
@@ -309,10 +310,28 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, name: str, revision: str, folder: str = "") -> Json:
         repo = self.repo(name)
         whole = repo.files[self.commit_at(repo, revision)]
-        files = {path: data for path, data in whole.items() if path.startswith(folder)}
+        prefix = f"{folder}/" if folder else ""
+        files = {path: data for path, data in whole.items() if path.startswith(prefix)}
         if not files:
             raise Refused(404, "Entry not found", **{"X-Error-Code": "EntryNotFound"})
-        return [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files.items()]
+        entries = {path: self.entry(path, data) for path, data in files.items()}
+        if "recursive=true" not in self.path.lower():
+            for path in files:
+                if "/" in (below := path.removeprefix(prefix)):
+                    del entries[path]
+                    entries[prefix + below.partition("/")[0]] = self.entry(prefix + below.partition("/")[0])
+        return list(entries.values())
+
+    def entry(self, path: str, data: bytes | None = None) -> dict[str, Any]:
+        size = {"type": "directory"} if data is None else {"type": "file", "size": len(data)}
+        return {"path": path, "oid": "0" * 40} | size
+
+    def paths(self, name: str, revision: str, body: bytes) -> Json:
+        repo = self.repo(name)
+        files = repo.files[self.commit_at(repo, revision)]
+        asked = urllib.parse.parse_qs(body.decode())["paths"]
+        folders = [path for path in asked if any(file.startswith(f"{path}/") for file in files)]
+        return [self.entry(path, files.get(path)) for path in asked if path in files or path in folders]
 
     def resolve(self, name: str, revision: str, path: str) -> tuple[int, dict[str, str], bytes]:
         repo = self.repo(name)
@@ -328,7 +347,9 @@ class Handler(BaseHTTPRequestHandler):
         return 200, headers, data
 
 
-MODEL = r"/api/models/([\w.-]+/[\w.-]+)"
+NAME = r"((?:datasets/)?[\w.-]+/[\w.-]+)"
+REVISION = r"(refs/\w+/[\w.-]+|[^/]+)"
+MODEL = rf"/api/models/{NAME}"
 ROUTES: dict[str, Callable[..., Json]] = {
     r"POST /api/repos/create": Handler.create,
     r"POST /api/validate-yaml": Handler.validate,
@@ -341,5 +362,6 @@ ROUTES: dict[str, Callable[..., Json]] = {
     rf"POST {MODEL}/preupload/(.+)": Handler.preupload,
     r"POST /([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch": Handler.batch,
     rf"POST {MODEL}/commit/(.+)": Handler.commit,
-    rf"GET {MODEL}/tree/([^/]+)(?:/(.+))?": Handler.tree,
+    rf"GET {MODEL}/tree/{REVISION}(?:/(.+))?": Handler.tree,
+    rf"POST {MODEL}/paths-info/{REVISION}": Handler.paths,
 }
