@@ -56,7 +56,7 @@ class Prepared:
         teacher: what ``from_pretrained`` takes for a teacher that is not the dense baseline.
         vocabulary: of a trimmed model, with what it changes in validation and test texts.
         costs: of heads and neurons, where the recipe has a target.
-        encoder: what sentence-transformers takes for the dense baseline's own teacher.
+        encoder: what sentence-transformers takes for the encoder of ``recipe.cosines``.
     """
 
     recipe: Recipe
@@ -337,13 +337,11 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
 
 
 def _encoder(recipe: Recipe) -> str | None:
-    """What sentence-transformers takes for the encoder whose cosines the dense model learns from."""
-    cosines = recipe.dense.cosines
-    if cosines is None or recipe.dense.checkpoint is not None:
+    """What sentence-transformers takes for the encoder whose cosines are learned."""
+    cosines = recipe.cosines
+    if cosines is None:
         return None
     if recipe.task.pipeline_tag != "text-ranking":
-        raise InputError(
-            "dense.cosines: they compare a query with passages, which this task has none of; remove the key"
-        )
+        raise InputError("cosines: they compare a query with passages, which this task has none of; remove the key")
     sentence_transformers()
-    return locate(cosines.encoder, "dense.cosines.encoder")[0]
+    return locate(cosines.encoder, "cosines.encoder")[0]

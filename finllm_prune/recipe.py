@@ -83,13 +83,11 @@ class Dense:
         checkpoint: a model that is already fine-tuned on the task; None trains one first.
         training: what differs from the recipe's ``training`` while it is trained.
         dropout: in all its dropout layers meanwhile, 0 to below 1; None leaves what its config says.
-        cosines: what a reranker learns from a sentence encoder; None trains on the labels alone.
     """
 
     checkpoint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     dropout: float | None = None
-    cosines: Cosines | None = None
 
     def __post_init__(self) -> None:
         refuse_unless_part(self.dropout, "dense.dropout")
@@ -125,6 +123,7 @@ class Recipe:
         pruning: schedule and rules.
         output: the folder that appears when the run is complete.
         dense: the baseline.
+        cosines: what a reranker learns from a sentence encoder beside the labels, dense and pruned; None learns nothing of it.
         vocabulary: which tokens stay, in the dense model and all that comes of it; None keeps all.
         distillation: what the pruned model learns from the teacher; None trains on labels alone.
         peft: trains adapters and the head beside frozen weights, in the dense baseline too; None (the default) trains all
@@ -147,6 +146,7 @@ class Recipe:
     pruning: Pruning
     output: Path
     dense: Dense = field(default_factory=Dense)
+    cosines: Cosines | None = None
     vocabulary: Trim | None = None
     distillation: Distillation | None = field(default_factory=Distillation)
     peft: Lora | None = None
@@ -191,6 +191,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         pruning=_pruning(data["pruning"]),
         output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),
+        cosines=_optional(Cosines, data.get("cosines"), "cosines"),
         vocabulary=_optional(Trim, data.get("vocabulary"), "vocabulary"),
         distillation=_optional(Distillation, data.get("distillation", {}), "distillation"),
         peft=_optional(Lora, data.get("peft"), "peft"),

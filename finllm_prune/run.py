@@ -26,6 +26,7 @@ from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, split_mesh
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import staged
 from finllm_prune.training import (
+    COSINES,
     PruningTrainer,
     Recorder,
     Seam,
@@ -82,23 +83,23 @@ def dense(ready: Prepared) -> PreTrainedModel:
         if ready.recipe.dense.checkpoint is None:
             drop_out(model, ready.recipe.dense.dropout)
             adapted = adapt(model, ready.recipe.peft, ready.arguments.seed)
-            _trainer(ready, adapted, "dense", ready.recipe.dense.training, **_lessons(ready)).go_on()
+            rows = _with_cosines(ready, ready.tokens["train"])
+            _trainer(ready, adapted, "dense", ready.recipe.dense.training, train_dataset=rows).go_on()
             model = merge(adapted)
         _save_plain(model, ready.tokenizer, folder)
     return load_model(ready.recipe.task, str(folder), ready.examples.labels)
 
 
-def _lessons(ready: Prepared) -> dict[str, Any]:
-    """What the dense model learns from beside the labels."""
-    cosines, rows = ready.recipe.dense.cosines, ready.examples.splits["train"]
+def _with_cosines(ready: Prepared, tokenized: datasets.Dataset) -> datasets.Dataset:
+    """The training rows with cosines beside the tokens, where the recipe asks for them."""
+    cosines, rows = ready.recipe.cosines, ready.examples.splits["train"]
     if cosines is None or ready.encoder is None:
-        return {}
-    encoder, tokens, width = ready.encoder, ready.tokenizer.model_max_length, len(ready.tokens["train"][0]["labels"])
-    with_cosines = with_kept_logits(
-        ready.tokens["train"], ready.work / CHECKPOINTS, cosines.fingerprint(rows, tokens),
-        lambda: cosines.of(rows, encoder, tokens, width, ready.arguments),
+        return tokenized
+    encoder, tokens, width = ready.encoder, ready.tokenizer.model_max_length, len(tokenized[0]["labels"])
+    return with_kept_logits(
+        tokenized, ready.work / CHECKPOINTS, cosines.fingerprint(rows, tokens),
+        lambda: cosines.of(rows, encoder, tokens, width, ready.arguments), COSINES,
     )  # fmt: skip
-    return {"teacher": cosines, "train_dataset": with_cosines}
 
 
 def prune(
@@ -184,16 +185,16 @@ def _recover(
 
 
 def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Teacher | None, datasets.Dataset]:
-    """Whom the student imitates, block by block of its first ``depth``; and the training rows, with kept logits if asked."""
+    """Whom the student imitates, block by block of its first ``depth``; and the training rows, with what teachers said."""
     recipe, rows = ready.recipe, ready.tokens["train"]
     if recipe.distillation is None:
-        return None, rows
+        return None, _with_cosines(ready, rows)
     model = load_model(recipe.task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
     teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     if recipe.distillation.cache:
         teacher.to(ready.arguments.device)
         rows = with_teacher_logits(model, rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
-    return teacher, rows
+    return teacher, _with_cosines(ready, rows)
 
 
 def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner) -> None:
@@ -228,11 +229,11 @@ def _trainer(
         arguments.output_dir, pruned="pruner" in parts, projected=_projected(parts)
     )
     judge = ready.recipe.task.judge(ready.examples, "validation")
-    parts = {"train_dataset": ready.tokens["train"]} | parts
     return PruningTrainer(
         model, arguments, description=phase, eval_dataset=ready.tokens["validation"],
         data_collator=ready.recipe.task.collator(ready.tokenizer), processing_class=ready.tokenizer,
-        compute_metrics=lambda result: _scores(result, judge), task_loss=ready.recipe.task.loss(ready.examples), **parts,
+        compute_metrics=lambda result: _scores(result, judge), task_loss=ready.recipe.task.loss(ready.examples),
+        cosines=ready.recipe.cosines, **parts,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A dense reranker that learns from a sentence encoder: its cosines, the loss, a whole run, and what is refused."""
+"""A reranker that learns from a sentence encoder, dense and pruned: its cosines, the loss, and what is refused."""
 
 import copy
 import sys
@@ -71,7 +71,7 @@ def written(encoder: Path, folder: Path, **cosines: object) -> dict[str, Any]:
     return {
         "model": str(encoder), "task": {"name": "reranking", "dataset": str(folder), "max_length": 24, "candidates": 4},
         "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]},
-        "dense": {"cosines": {"encoder": str(encoder), **cosines}},
+        "cosines": {"encoder": str(encoder), **cosines},
         "training": {"max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 2e-3, "report_to": "none",
                      "save_strategy": "no", "use_cpu": True, "disable_tqdm": True},
         "output": str(folder.with_name("out")),
@@ -80,13 +80,13 @@ def written(encoder: Path, folder: Path, **cosines: object) -> dict[str, Any]:
 
 def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, encoder: Path) -> None:
     asked = written(encoder, write_set(tmp_path / "set"), alpha=1.0)
-    asked["dense"]["dropout"], asked["distillation"] = 0.05, {"dropout": 0.2}
+    asked |= {"dense": {"dropout": 0.05}, "distillation": {"dropout": 0.2}}
     ready = prepare(parse(asked), resume=False, overwrite=False)
     rows, collator = ready.tokens["train"], ready.recipe.task.collator(ready.tokenizer)
     fresh = copy.deepcopy(ready.model)
     learned = dense(ready)
-    (kept,) = (ready.work / "checkpoints").glob("teacher_logits-*.safetensors")
-    cosines = 10 * load_file(kept)["teacher_logits"]
+    (kept,) = (ready.work / "checkpoints").glob("cosines-*.safetensors")
+    cosines = 10 * load_file(kept)["cosines"]
     off = [
         centred_mse(logits_of(model, rows, collator), cosines, torch.tensor(rows["labels"]))
         for model in (fresh, learned)
@@ -99,11 +99,33 @@ def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, enc
 
 
 @pytest.mark.parametrize(
+    "distillation", [{"alpha": 0.5, "hidden": 0.0, "cache": True}, {"alpha": 0.5, "hidden": 0.0}, False]
+)
+def test_the_pruned_reranker_learns_the_cosines_too(
+    tmp_path: Path, encoder: Path, tiny_folder, distillation: dict[str, Any] | bool
+) -> None:
+    untaught = tiny_folder(labels=["relevance"], seed=4)
+    asked = written(encoder, write_set(tmp_path / "set"), alpha=1.0)
+    asked |= {"dense": {"checkpoint": str(untaught)}, "distillation": distillation}
+    ready = prepare(parse(asked), resume=False, overwrite=False)
+    rows, collator = ready.tokens["train"], ready.recipe.task.collator(ready.tokenizer)
+    before = dense(ready)
+    student, *_ = prune(ready, {})
+    (kept,) = (ready.work / "checkpoints").glob("cosines-*.safetensors")
+    cosines = 10 * load_file(kept)["cosines"]
+    off = [
+        centred_mse(logits_of(model, rows, collator), cosines, torch.tensor(rows["labels"]))
+        for model in (before, student)
+    ]
+    assert off[1] < 0.8 * off[0]
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"task": {"name": "sentiment"}}, "dense.cosines: they compare a query with passages"),
-        ({"dense": {"cosines": {"encoder": "nowhere/at all"}}}, "dense.cosines.encoder: there is no folder"),
-        ({"dense": {"cosines": {"encoder": "it", "alpha": 2.0}}}, "dense.cosines: alpha must lie in 0..1"),
+        ({"task": {"name": "sentiment"}}, "cosines: they compare a query with passages"),
+        ({"cosines": {"encoder": "nowhere/at all"}}, "cosines.encoder: there is no folder"),
+        ({"cosines": {"encoder": "it", "alpha": 2.0}}, "cosines: alpha must lie in 0..1"),
         ({"dense": {"dropout": 1.0}}, "dense.dropout: a part from 0 to below 1 is dropped, not 1"),
         ({"distillation": {"dropout": -0.1}}, "distillation.dropout: a part from 0 to below 1 is dropped, not -0.1"),
     ],

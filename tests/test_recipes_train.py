@@ -97,8 +97,8 @@ def test_a_recipe_trains_to_a_complete_output(
     ]  # fmt: skip
     if written.dense.checkpoint is not None:
         overrides.append(f"dense.checkpoint={model}")
-    if written.dense.cosines is not None:
-        overrides.append(f"dense.cosines.encoder={model}")
+    if written.cosines is not None:
+        overrides.append(f"cosines.encoder={model}")
     if getattr(written.task, "prompt", None) is not None:  # the tiny tokenizer has no room for the model's own
         overrides.append('task.prompt={template: "{query} {passage}"}')
     if written.recovery is not None:

@@ -1,7 +1,7 @@
 """Training: a transformers Trainer that prunes and distils."""
 
 from finllm_prune.training.batches import sample_batches
-from finllm_prune.training.cosines import Cosines, sentence_transformers
+from finllm_prune.training.cosines import COSINES, Cosines, sentence_transformers
 from finllm_prune.training.distillation import Distillation, Teacher, drop_out, refuse_unless_part
 from finllm_prune.training.layers import uniform_layers
 from finllm_prune.training.lora import Lora, adapt, merge, refuse_beside_lora
@@ -13,7 +13,7 @@ from finllm_prune.training.teacher_logits import with_kept_logits, with_teacher_
 from finllm_prune.training.trainer import PruningTrainer
 
 __all__ = [
-    "RECORD_FILE", "Cosines", "Distillation", "Lora", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery",
+    "COSINES", "RECORD_FILE", "Cosines", "Distillation", "Lora", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery",
     "Seam", "SmallerCallback", "Teacher",
     "adapt", "drop_out", "hand_over", "lies_in", "measure_sensitivity", "merge", "prune_block", "prune_once", "record",
     "refuse_beside_lora", "refuse_no_chain",

@@ -1,10 +1,10 @@
-"""A reranker's first lessons: how a sentence encoder orders the passages of a query by itself."""
+"""What a reranker learns beside the labels: how a sentence encoder orders the passages of a query by itself."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from finllm_prune.errors import InputError, optional
-from finllm_prune.inference import Gather
 from finllm_prune.training.logit_losses import centred_mse
-from finllm_prune.training.teacher_logits import TEACHER_LOGITS
+
+COSINES = "cosines"  # a column of the training rows
 
 
 @dataclass(frozen=True)
 class Cosines:
-    """``alpha * M + (1 - alpha) * task loss``: what the dense reranker learns from a sentence encoder, beside the labels.
+    """``alpha * M + (1 - alpha) * task loss``, in place of the task's loss, of the dense reranker and of the pruned one.
 
     M is the mean squared difference between scores and ``scale * cosine``, each less its mean over the passages of a list
     (``centred_mse``). A sentence encoder knows meanings but reads a query and a passage apart; a cross-encoder that starts from
@@ -32,22 +32,18 @@ class Cosines:
         scale: what cosines are multiplied by; above 0. How far apart the scores of a list come to lie.
     """
 
-    compares_layers: ClassVar[bool] = False
-    projection: ClassVar[None] = None
-
     encoder: str
     alpha: float = 0.7
     scale: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1 or self.scale <= 0:
-            raise InputError("dense.cosines: alpha must lie in 0..1, and scale above 0")
+            raise InputError("cosines: alpha must lie in 0..1, and scale above 0")
 
-    def loss(self, outputs: dict[str, Any], inputs: dict[str, Tensor], gather: Gather | None = None) -> Tensor:
-        """The whole training loss, as ``Teacher.loss``; the batch carries the cosines as ``teacher_logits``."""
-        distance = centred_mse(outputs["logits"], self.scale * inputs[TEACHER_LOGITS], inputs["labels"])
-        loss: Tensor = self.alpha * distance + (1.0 - self.alpha) * outputs["loss"]
-        return loss
+    def loss(self, logits: Tensor, task_loss: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """What scores (lists, passages) are trained by; the batch carries ``labels`` and ``cosines``, of the same shape."""
+        distance = centred_mse(logits, self.scale * inputs[COSINES], inputs["labels"])
+        return self.alpha * distance + (1.0 - self.alpha) * task_loss
 
     def fingerprint(self, rows: datasets.Dataset, tokens: int) -> str:
         """sha256 over what the cosines come of."""
@@ -87,4 +83,4 @@ class Cosines:
 
 def sentence_transformers() -> Any:
     """The package, which only this needs."""
-    return optional("sentence_transformers", key="dense.cosines", extra="cosines")
+    return optional("sentence_transformers", key="cosines", extra="cosines")

@@ -43,17 +43,17 @@ def with_teacher_logits(
 
 
 def with_kept_logits(
-    rows: datasets.Dataset, folder: Path, fingerprint: str, compute: Callable[[], Tensor]
+    rows: datasets.Dataset, folder: Path, fingerprint: str, compute: Callable[[], Tensor], column: str = TEACHER_LOGITS
 ) -> datasets.Dataset:  # fmt: skip
     """The same, of whatever ``compute`` brings (rows, outputs), once for each ``fingerprint``."""
-    path = folder / f"teacher_logits-{fingerprint[:16]}.safetensors"
+    path = folder / f"{column}-{fingerprint[:16]}.safetensors"
     with PartialState().main_process_first():
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            save_tensors({TEACHER_LOGITS: compute()}, path)
-            logger.info("The teacher's logits of %d rows are kept in %s.", len(rows), path.name)
-    column = load_file(path)[TEACHER_LOGITS].tolist()
-    return rows.add_column(TEACHER_LOGITS, column, feature=datasets.List(datasets.Value("float32")))
+            save_tensors({column: compute()}, path)
+            logger.info("The %s of %d rows are kept in %s.", column.replace("_", " "), len(rows), path.name)
+    values = load_file(path)[column].tolist()
+    return rows.add_column(column, values, feature=datasets.List(datasets.Value("float32")))
 
 
 def _fingerprint(model: PreTrainedModel, rows: datasets.Dataset) -> str:

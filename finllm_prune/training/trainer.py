@@ -32,7 +32,7 @@ from finllm_prune.pruning import Pruner, not_finite, split_mesh
 from finllm_prune.staging import clear_when_full
 from finllm_prune.training.batches import BucketSampler
 from finllm_prune.training.beside import load_beside, save_beside
-from finllm_prune.training.cosines import Cosines
+from finllm_prune.training.cosines import COSINES, Cosines
 from finllm_prune.training.distillation import Teacher
 from finllm_prune.training.projection import PROJECTION_FILE, ProjectionCallback
 from finllm_prune.training.recorder import Recorder, Recording
@@ -52,6 +52,7 @@ class PruningTrainer(Trainer):
     Args:
         pruner: built on the same model; None fine-tunes without pruning.
         teacher: adds its loss to the task's; None trains on the labels alone.
+        cosines: take a part in the task's loss; the training rows have a column of them.
         task_loss: (logits, labels) -> the mean over a batch's rows, in place of the model's own loss; None leaves it to the
             model.
         recording: of the flight recorder, which is ``recorder`` then; None records nothing.
@@ -60,8 +61,8 @@ class PruningTrainer(Trainer):
 
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None,
-        teacher: Teacher | Cosines | None = None, task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        recording: Recording | None = None, description: str = "train", **kwargs: Any,
+        teacher: Teacher | None = None, task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        cosines: Cosines | None = None, recording: Recording | None = None, description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
         # **kwargs as proof that they divide by num_items_in_batch: loss and gradient would come out too large by the
@@ -75,6 +76,7 @@ class PruningTrainer(Trainer):
         self.pruner = pruner
         self.teacher = teacher
         self.task_loss = task_loss
+        self.cosines = cosines
         self.recorder: Recorder | None = None
         if teacher is not None and self.compute_loss_func is not None:
             raise InputError(
@@ -112,7 +114,7 @@ class PruningTrainer(Trainer):
         teacher = self.teacher if model.training else None
         if teacher is None and self.task_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        own = {key: value for key, value in inputs.items() if key != TEACHER_LOGITS}
+        own = {key: value for key, value in inputs.items() if key not in (TEACHER_LOGITS, COSINES)}
         options = {} if teacher is None else {"output_hidden_states": teacher.compares_layers}
         gather = gather_of(self.data_collator)
         if PARTS in inputs:
@@ -122,6 +124,9 @@ class PruningTrainer(Trainer):
             loss, outputs = super().compute_loss(model, own | options, True, num_items_in_batch)
         if self.task_loss is not None:
             loss = self.task_loss(outputs["logits"], inputs["labels"])
+        if self.cosines is not None and model.training:
+            assert loss is not None
+            loss = self.cosines.loss(outputs["logits"], loss, inputs)
         if teacher is not None:
             loss = teacher.loss({**outputs, "loss": loss}, inputs, gather)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None and model.training:
@@ -191,7 +196,7 @@ class PruningTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's, which trains the teacher's projection too."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if isinstance(self.teacher, Teacher) and self.teacher.projection is not None:
+        if self.teacher is not None and self.teacher.projection is not None:
             self.teacher.to(self.args.device)
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             new = [parameter for parameter in self.teacher.projection.parameters() if id(parameter) not in held]
@@ -200,9 +205,9 @@ class PruningTrainer(Trainer):
         return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Kept logits of the teacher and what a collator gathers by reach the batch, though no model takes them."""
+        """Kept answers of teachers and what a collator gathers by reach the batch, though no model takes them."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, TEACHER_LOGITS, PARTS]  # type: ignore[assignment,misc]
+        self._signature_columns = [*self._signature_columns, TEACHER_LOGITS, COSINES, PARTS]  # type: ignore[assignment,misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """``train_sampling_strategy: group_by_length`` with the batches of an epoch in random order."""
