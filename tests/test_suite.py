@@ -179,10 +179,11 @@ def test_queries_are_units_of_all_their_candidates(
     task = {"name": "reranking", "dataset": str(write_set(tmp_path / "set")), "max_length": 24, "candidates": 4}
     models = {"model": str(tmp_path / "1"), "baseline": str(tmp_path / "2")}
     data = asked(home, speed=False, gates={"ndcg_at_10_retention": 0.0})
-    data["sets"] = [data["sets"][1], {"name": "passages", "task": task, "slices": ["length"], **models}]
+    data["sets"] = [data["sets"][1], {"name": "passages", "task": task, "slices": ["length", "negation"], **models}]
     _, ranked = evaluate_suite(parse(data), str(home / "pruned"), str(home / "dense"), show_texts=True).sets
     assert (ranked.unit, ranked.units, ranked.headline, ranked.calibration) == ("query", 12, "ndcg_at_10", None)
-    assert sum(part["units"] for part in ranked.slices) == 12
+    parts = {(row["by"], row["part"]): row["units"] for row in ranked.slices}
+    assert parts == {("length", "up to 6 words"): 12, ("negation", "without"): 12}, "of the query's words alone"
     assert {row["change"]: row["rows"] for row in ranked.robustness} == {"numbers": 0, "negations": 12, "companies": 0}
     assert ranked.changed is not None
     assert len({row["text"] for row in ranked.changed}) == len(ranked.changed), "a query is told once"

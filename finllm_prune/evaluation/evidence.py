@@ -168,8 +168,9 @@ class _Both:
 
     @cached_property
     def first_rows(self) -> datasets.Dataset:
-        """One row of each unit, in their order."""
-        return self.rows.select(np.unique(self.unit_of, return_index=True)[1])
+        """One row of each unit, in their order; a query is there without its passages."""
+        rows = self.rows.select(np.unique(self.unit_of, return_index=True)[1])
+        return rows.remove_columns("pair") if self.judge.unit == "query" else rows
 
     def calibration(self) -> dict[str, Calibration] | None:
         if not isinstance(self.judge, ClassJudge):
