@@ -118,6 +118,7 @@ def prune(
     if recipe.model.keep_layers is not None:
         architecture.keep_layers(student, recipe.model.keep_layers)
     teacher, rows = _teacher(ready, student, depth)
+    rows = _with_cosines(ready, rows)
     rules = recipe.pruning.rules
     fill = architecture.whole_units(student, rules) if recipe.pruning.fill else []
     pruner = Pruner(architecture.groups(student, rules), recipe.pruning.schedule, fill, ready.costs)
@@ -185,16 +186,16 @@ def _recover(
 
 
 def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Teacher | None, datasets.Dataset]:
-    """Whom the student imitates, block by block of its first ``depth``; and the training rows, with what teachers said."""
+    """Whom the student imitates, block by block of its first ``depth``; and the training rows, with kept logits if asked."""
     recipe, rows = ready.recipe, ready.tokens["train"]
     if recipe.distillation is None:
-        return None, _with_cosines(ready, rows)
+        return None, rows
     model = load_model(recipe.task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
     teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     if recipe.distillation.cache:
         teacher.to(ready.arguments.device)
         rows = with_teacher_logits(model, rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
-    return teacher, _with_cosines(ready, rows)
+    return teacher, rows
 
 
 def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModel, TrainingArguments
 from finllm_prune.checkpoints import is_served, serve
 from finllm_prune.checkpoints.manifest import sha256
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows
+from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows, with_interval
 from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
 from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
@@ -101,9 +101,7 @@ def evaluate_saved(
     if baseline is not None:
         return asdict(quality), [*quality_rows(quality), *first_stage_rows(quality.metrics, examples.facts)]
     figures = {name: _of_one(value) for name, value in quality.metrics.items()}
-    rows: Rows = [
-        (name, f"{v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]") for name, v in figures.items()
-    ]
+    rows: Rows = [(name, with_interval(value, "pruned")) for name, value in quality.metrics.items()]
     return figures, rows + [(what, value) for what, _, value in first_stage_rows(quality.metrics, examples.facts)]
 
 

@@ -13,11 +13,12 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import AutoModel, AutoTokenizer, TrainingArguments
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from finllm_prune.errors import InputError
 from finllm_prune.inference import logits_of
-from finllm_prune.prepare import prepare, read
+from finllm_prune.prepare import Prepared, prepare, read
 from finllm_prune.recipe import parse
 from finllm_prune.run import dense, prune
 from finllm_prune.training import Cosines
@@ -78,19 +79,21 @@ def written(encoder: Path, folder: Path, **cosines: object) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def far_off(ready: Prepared, *models: PreTrainedModel) -> list[Tensor]:
+    """How far the scores of each model are from the cosines that the run has kept."""
+    (kept,) = (ready.work / "checkpoints").glob("cosines-*.safetensors")
+    cosines, rows = 10 * load_file(kept)["cosines"], ready.tokens["train"]
+    collator, labels = ready.recipe.task.collator(ready.tokenizer), torch.tensor(rows["labels"])
+    return [centred_mse(logits_of(model, rows, collator), cosines, labels) for model in models]
+
+
 def test_a_dense_reranker_learns_the_cosines_of_its_own_base(tmp_path: Path, encoder: Path) -> None:
     asked = written(encoder, write_set(tmp_path / "set"), alpha=1.0)
     asked |= {"dense": {"dropout": 0.05}, "distillation": {"dropout": 0.2}}
     ready = prepare(parse(asked), resume=False, overwrite=False)
-    rows, collator = ready.tokens["train"], ready.recipe.task.collator(ready.tokenizer)
     fresh = copy.deepcopy(ready.model)
     learned = dense(ready)
-    (kept,) = (ready.work / "checkpoints").glob("cosines-*.safetensors")
-    cosines = 10 * load_file(kept)["cosines"]
-    off = [
-        centred_mse(logits_of(model, rows, collator), cosines, torch.tensor(rows["labels"]))
-        for model in (fresh, learned)
-    ]
+    off = far_off(ready, fresh, learned)
     assert {module.p for module in ready.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.05}
     assert {module.p for module in learned.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     assert off[1] < 0.5 * off[0]
@@ -108,15 +111,9 @@ def test_the_pruned_reranker_learns_the_cosines_too(
     asked = written(encoder, write_set(tmp_path / "set"), alpha=1.0)
     asked |= {"dense": {"checkpoint": str(untaught)}, "distillation": distillation}
     ready = prepare(parse(asked), resume=False, overwrite=False)
-    rows, collator = ready.tokens["train"], ready.recipe.task.collator(ready.tokenizer)
     before = dense(ready)
     student, *_ = prune(ready, {})
-    (kept,) = (ready.work / "checkpoints").glob("cosines-*.safetensors")
-    cosines = 10 * load_file(kept)["cosines"]
-    off = [
-        centred_mse(logits_of(model, rows, collator), cosines, torch.tensor(rows["labels"]))
-        for model in (before, student)
-    ]
+    off = far_off(ready, before, student)
     assert off[1] < 0.8 * off[0]
 
 

@@ -147,7 +147,7 @@ def quality_rows(quality: Quality) -> list[tuple[str, str, str]]:
     """The part of the table that compares predictions: what, dense, pruned."""
     out = []
     for name, value in quality.metrics.items():
-        dense, pruned = (_with_interval(value, kind) for kind in ("dense", "pruned"))
+        dense, pruned = (with_interval(value, kind) for kind in ("dense", "pruned"))
         out.append((f"{TITLES.get(name, name)} [95 % interval]", dense, pruned))
         what = "part of the dense model's" if name in ERRORS else "retention of"
         part = (
@@ -169,15 +169,16 @@ def first_stage_rows(metrics: dict[str, dict[str, Any]], facts: dict[str, Any]) 
     rows = []
     for name, value in metrics.items():
         if "first_stage" in value:
-            alone = _with_interval(value, "first_stage")
+            alone = with_interval(value, "first_stage")
             rows.append((f"{TITLES[name]} of {found['name']} alone", alone, alone))
-            dense, pruned = (_with_interval(value, f"{kind}_above_first_stage", "+.3f") for kind in ("dense", "pruned"))
+            dense, pruned = (with_interval(value, f"{kind}_above_first_stage", "+.3f") for kind in ("dense", "pruned"))
             rows.append((f"  {TITLES[name]} above that", dense, pruned))
     recall = f"{found['test']['recall']:.3f}"
     return [*rows, (f"relevant passages among its {found['candidates']} candidates", recall, recall)]
 
 
-def _with_interval(value: dict[str, Any], kind: str, shape: str = ".3f") -> str:
+def with_interval(value: dict[str, Any], kind: str, shape: str = ".3f") -> str:
+    """A figure of a metric, as ``compare`` gives them, with its interval."""
     low, high = value[f"{kind}_interval"]
     return f"{value[kind]:{shape}} [{low:{shape}}, {high:{shape}}]"
 

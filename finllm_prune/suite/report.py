@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finllm_prune.evaluation import GATES, Latency, Quality
+from finllm_prune.evaluation import GATES, Latency, Quality, with_interval
 from finllm_prune.evaluation.calibration import Calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm, p_value, points
 from finllm_prune.evaluation.perturbations import PERTURBATIONS
@@ -178,10 +178,7 @@ class SuiteReport:
 
 def _mean(each: SetResult, kind: str) -> str:
     metric = each.quality.metrics.get(each.headline)
-    if metric is None:
-        return ""
-    low, high = metric[f"{kind}_interval"]
-    return f"{metric[kind]:.3f} [{low:.3f}, {high:.3f}]"
+    return "" if metric is None else with_interval(metric, kind)
 
 
 def _ece(each: SetResult) -> str:

@@ -52,9 +52,9 @@ class PruningTrainer(Trainer):
     Args:
         pruner: built on the same model; None fine-tunes without pruning.
         teacher: adds its loss to the task's; None trains on the labels alone.
-        cosines: take a part in the task's loss; the training rows have a column of them.
         task_loss: (logits, labels) -> the mean over a batch's rows, in place of the model's own loss; None leaves it to the
             model.
+        cosines: take a part in the task's loss; the training rows have a column of them.
         recording: of the flight recorder, which is ``recorder`` then; None records nothing.
         description: what the progress bar is called.
     """
@@ -111,8 +111,8 @@ class PruningTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        teacher = self.teacher if model.training else None
-        if teacher is None and self.task_loss is None:
+        teacher, cosines = (self.teacher, self.cosines) if model.training else (None, None)
+        if teacher is None and cosines is None and self.task_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own = {key: value for key, value in inputs.items() if key not in (TEACHER_LOGITS, COSINES)}
         options = {} if teacher is None else {"output_hidden_states": teacher.compares_layers}
@@ -124,9 +124,9 @@ class PruningTrainer(Trainer):
             loss, outputs = super().compute_loss(model, own | options, True, num_items_in_batch)
         if self.task_loss is not None:
             loss = self.task_loss(outputs["logits"], inputs["labels"])
-        if self.cosines is not None and model.training:
+        if cosines is not None:
             assert loss is not None
-            loss = self.cosines.loss(outputs["logits"], loss, inputs)
+            loss = cosines.loss(outputs["logits"], loss, inputs)
         if teacher is not None:
             loss = teacher.loss({**outputs, "loss": loss}, inputs, gather)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None and model.training:

@@ -317,9 +317,10 @@ class Handler(BaseHTTPRequestHandler):
         entries = {path: self.entry(path, data) for path, data in files.items()}
         if "recursive=true" not in self.path.lower():
             for path in files:
-                if "/" in (below := path.removeprefix(prefix)):
+                name, is_below, _ = path.removeprefix(prefix).partition("/")
+                if is_below:
                     del entries[path]
-                    entries[prefix + below.partition("/")[0]] = self.entry(prefix + below.partition("/")[0])
+                    entries[prefix + name] = self.entry(prefix + name)
         return list(entries.values())
 
     def entry(self, path: str, data: bytes | None = None) -> dict[str, Any]:

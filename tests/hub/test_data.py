@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,54 +69,46 @@ def judgements(split: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
+def hub(hub: LoopbackHub) -> LoopbackHub:
+    """With the sets that the suite names."""
 
-        def add(name: str, files: dict[str, bytes], revision: str = "main", commit: str = "a" * 40) -> None:
-            repo = server.repos.get(f"datasets/{name}") or server.create(f"datasets/{name}", private=False)
-            repo.files[commit] = files
-            repo.branches[revision] = [commit]
+    def add(name: str, files: dict[str, bytes], revision: str = "main", commit: str = "a" * 40) -> None:
+        repo = hub.repos.get(f"datasets/{name}") or hub.create(f"datasets/{name}", private=False)
+        repo.files[commit] = files
+        repo.branches[revision] = [commit]
 
-        readme = {"README.md": b"---\nlicense: cc-by-nc-sa-3.0\n---\n"}
-        add("takala/financial_phrasebank", readme | {"financial_phrasebank.py": b"raise SystemExit"})
-        add("owner/scripted", readme | {"scripted.py": b"raise SystemExit"})
-        folders = {
-            f"sentences_{name}/train/0000.parquet": parquet(sentences("sentence")[:rows])
-            for name, rows in (("50agree", 60), ("allagree", 20))
-        }
-        add("takala/financial_phrasebank", folders, "refs/convert/parquet", "b" * 40)
-        lines = jsonl(sentences("text"))
-        add("mteb/FinancialPhrasebankClassification", {"train.jsonl": lines}, commit=PINNED)
+    readme = {"README.md": b"---\nlicense: cc-by-nc-sa-3.0\n---\n"}
+    add("takala/financial_phrasebank", readme | {"financial_phrasebank.py": b"raise SystemExit"})
+    add("owner/scripted", readme | {"scripted.py": b"raise SystemExit"})
+    folders = {
+        f"sentences_{name}/train/0000.parquet": parquet(sentences("sentence")[:rows])
+        for name, rows in (("50agree", 60), ("allagree", 20))
+    }
+    add("takala/financial_phrasebank", folders, "refs/convert/parquet", "b" * 40)
+    lines = jsonl(sentences("text"))
+    add("mteb/FinancialPhrasebankClassification", {"train.jsonl": lines}, commit=PINNED)
 
-        provisions = [{"text": f"Clause {n}: {PROVISIONS[n % 3]}.", "label": PROVISIONS[n % 3]} for n in range(30)]
-        splits = {
-            f"ledgar/{split}-00000-of-00001.parquet": parquet(provisions) for split in ("train", "validation", "test")
-        }
-        configs = b"---\nconfigs:\n- config_name: ledgar\n  data_files:\n" + b"".join(
-            b"  - {split: %s, path: ledgar/%s-*}\n" % (split, split) for split in (b"train", b"validation", b"test")
-        )
-        add("coastalcph/lex_glue", {"README.md": configs + b"---\n"} | splits)
+    provisions = [{"text": f"Clause {n}: {PROVISIONS[n % 3]}.", "label": PROVISIONS[n % 3]} for n in range(30)]
+    splits = {
+        f"ledgar/{split}-00000-of-00001.parquet": parquet(provisions) for split in ("train", "validation", "test")
+    }
+    configs = b"---\nconfigs:\n- config_name: ledgar\n  data_files:\n" + b"".join(
+        b"  - {split: %s, path: ledgar/%s-*}\n" % (split, split) for split in (b"train", b"validation", b"test")
+    )
+    add("coastalcph/lex_glue", {"README.md": configs + b"---\n"} | splits)
 
-        corpus, queries = embedded("reranking/corpus.jsonl"), embedded("reranking/queries.jsonl")
-        kinds = {"train": "train", "dev": "validation", "test": "test"}
-        tables = {"corpus.jsonl": jsonl(corpus), "queries.jsonl": jsonl(queries)}
-        tables |= {f"qrels/{name}.jsonl": jsonl(judgements(kind)) for name, kind in kinds.items()}
-        add("mteb/fiqa", {"README.md": MTEB.encode()} | tables)
-        tables = {"corpus/corpus.parquet": parquet(corpus), "queries/queries.parquet": parquet(queries)}
-        add("BeIR/fiqa", {"README.md": BEIR.encode()} | tables)
-        tsv = {
-            f"{kind}.tsv": pd.DataFrame(judgements(kind)).to_csv(sep="\t", index=False).encode()
-            for kind in kinds.values()
-        }
-        add("BeIR/fiqa-qrels", tsv)
-        yield server
-
-
-@pytest.fixture(scope="module")
-def shell(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    shell = Shell(hub.url, tmp_path_factory.mktemp("home"))
-    yield shell
-    shell.close()
+    corpus, queries = embedded("reranking/corpus.jsonl"), embedded("reranking/queries.jsonl")
+    kinds = {"train": "train", "dev": "validation", "test": "test"}
+    tables = {"corpus.jsonl": jsonl(corpus), "queries.jsonl": jsonl(queries)}
+    tables |= {f"qrels/{name}.jsonl": jsonl(judgements(kind)) for name, kind in kinds.items()}
+    add("mteb/fiqa", {"README.md": MTEB.encode()} | tables)
+    tables = {"corpus/corpus.parquet": parquet(corpus), "queries/queries.parquet": parquet(queries)}
+    add("BeIR/fiqa", {"README.md": BEIR.encode()} | tables)
+    tsv = {
+        f"{kind}.tsv": pd.DataFrame(judgements(kind)).to_csv(sep="\t", index=False).encode() for kind in kinds.values()
+    }
+    add("BeIR/fiqa-qrels", tsv)
+    return hub
 
 
 def test_the_suite_of_hub_ids_is_read_as_it_is_shipped(

@@ -38,19 +38,6 @@ if not options:
 """
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def shell(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    shell = Shell(hub.url, tmp_path_factory.mktemp("home"))
-    yield shell
-    shell.close()
-
-
 @pytest.fixture
 def out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     return write_output(tmp_path / "out", tokenizer)
