@@ -56,17 +56,38 @@ def logits_of(
         batch_size: rows at a time, fewer where the collator tells how many sequences may run ``at_once``; rows of like length
             lie together.
     """
+    order, found = [], []
+    for numbers, _, outputs in outputs_of(model, rows, collator, batch_size):
+        order.extend(numbers)
+        found.append(outputs["logits"].float().cpu())
+    return in_order(torch.cat(found), order)
+
+
+def outputs_of(
+    model: Callable[..., Any], rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64,
+    description: str = "predict", **options: Any,
+) -> Iterator[tuple[list[int], dict[str, Tensor], ModelOutput]]:  # fmt: skip
+    """The numbers of some rows, their batch on the model's device, and its outputs; together all rows, each once.
+
+    Args:
+        model, rows, collator, batch_size: as of ``logits_of``.
+        description: of the progress bar.
+        options: for the model, as ``output_hidden_states``.
+    """
     by_length = sorted(range(len(rows)), key=lambda row: length(rows[row]["input_ids"]))
     if (most := getattr(collator, "at_once", None)) is not None:
         batch_size = min(batch_size, max(1, most // _sequences(rows[0]["input_ids"])))
     loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
-    found = []
     with _evaluating(model) as device:
-        for batch in tqdm(loader, desc="predict", leave=False, disable=None):
+        for i, batch in enumerate(tqdm(loader, desc=description, leave=False, disable=None)):
             inputs = {key: value.to(device) for key, value in batch.items()}
-            found.append(answer(model, inputs, gather_of(collator))["logits"].float().cpu())
-    logits = torch.cat(found)
-    return torch.empty_like(logits).index_copy_(0, torch.tensor(by_length), logits)
+            numbers = by_length[i * batch_size : (i + 1) * batch_size]
+            yield numbers, inputs, answer(model, inputs, gather_of(collator), **options)
+
+
+def in_order(values: Tensor, numbers: list[int]) -> Tensor:
+    """Row ``numbers[i]`` of the result is row i of ``values``."""
+    return torch.empty_like(values).index_copy_(0, torch.tensor(numbers), values)
 
 
 def length(ids: list[Any]) -> int:

@@ -25,7 +25,7 @@ from finllm_prune.checkpoints.packed import pack_all
 from finllm_prune.evaluation import Target, cpu_threads, flops, measured_table, parameter_bytes
 from finllm_prune.families import Architecture, Family, find_architecture, narrow
 from finllm_prune.loading import load_model
-from finllm_prune.prepare import Prepared, engine_of, read, training_arguments
+from finllm_prune.prepare import Prepared, engine_of, kept_bytes, read, training_arguments
 from finllm_prune.pruning import Group, Pruner, equal_widths
 from finllm_prune.recipe import Recipe
 from finllm_prune.training import PruningTrainer, Teacher, adapt
@@ -46,6 +46,7 @@ class Plan:
         latency: of a forward pass on this machine's CPU, from its table; None where no whole heads or neurons are cut.
         seconds: ``dense``, ``pruning`` and ``recovery``, from a few real steps; without evaluation and export.
         peak_bytes: of weights, gradients, optimizer, scores, teacher and activations, at once.
+        kept_bytes: of the teacher's hidden states on disk, until the run is complete; 0 where none are kept.
         target: kind, asked, and the lowest that these rules can reach; None without a target.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     latency: dict[str, Any] | None
     seconds: dict[str, float]
     peak_bytes: int
+    kept_bytes: int
     target: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +80,8 @@ class Plan:
         if "recovery" in self.seconds:
             rows.append(("  recovery after it", "", f"{self.seconds['recovery']:.0f} s"))
         rows.append(("peak memory", "", f"{self.peak_bytes / 1e9:.2f} GB"))
+        if self.kept_bytes > 0:
+            rows.append(("teacher's hidden states, on disk", "", f"{self.kept_bytes / 1e9:.2f} GB"))
         if self.target is not None:
             what = f"target {self.target['kind']} {self.target['asked']:g}"
             rows.append((what, "", f"can be reached; lowest {self.target['lowest']:.3f}"))
@@ -113,6 +117,7 @@ def plan(recipe: Recipe) -> Plan:
         bytes={"dense": parameter_bytes(ready.model)}
         | {name: _size(name, forms.get(name, small)) for name in recipe.export},
         latency=_latency(ready.model, student, widths, shape, tokens),
+        kept_bytes=kept_bytes(recipe, ready.model.config, ready.teacher, ready.tokens["train"]),
         target=None
         if costs is None
         else {"kind": shape.kind, "asked": shape.ratio, "lowest": costs.lowest},

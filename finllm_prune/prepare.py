@@ -28,7 +28,7 @@ from finllm_prune.loading import class_names, label_order, load_config, load_mod
 from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap, refuse_unsplittable
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, read_texts
-from finllm_prune.training import Lora, adapt, refuse_no_chain, sentence_transformers
+from finllm_prune.training import Lora, adapt, refuse_no_chain, refuse_no_room, sentence_transformers
 from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 from finllm_prune.workfolder import CHECKPOINTS, check_batch, check_output, check_vocabulary, open_work
@@ -131,6 +131,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     recipe.task.loss(examples)  # class weights that do not fit are told now
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
+    if not resume:
+        refuse_no_room(kept_bytes(recipe, config, teacher, tokens["train"]), work)
     encoder = _encoder(recipe)
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
     costs = None
@@ -334,6 +336,14 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
             + (", or remove vocabulary, which gives the model's tokens new ids" if recipe.vocabulary else "")
         )
     return location
+
+
+def kept_bytes(recipe: Recipe, config: PreTrainedConfig, teacher: str | None, tokens: datasets.Dataset) -> int:
+    """What ``distillation.cache`` takes on disk."""
+    if recipe.distillation is None:
+        return 0
+    theirs = config if teacher is None else load_config(teacher)
+    return recipe.distillation.kept_bytes(tokens, config, theirs, recipe.model.keep_layers)
 
 
 def _encoder(recipe: Recipe) -> str | None:

@@ -40,7 +40,6 @@ from finllm_prune.training import (
     prune_once,
     sample_batches,
     with_kept_logits,
-    with_teacher_logits,
 )
 from finllm_prune.training.trainer import complete_checkpoint
 from finllm_prune.workfolder import CHECKPOINTS
@@ -194,7 +193,7 @@ def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Tea
     teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     if recipe.distillation.cache:
         teacher.to(ready.arguments.device)
-        rows = with_teacher_logits(model, rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
+        rows = teacher.kept(rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
     return teacher, rows
 
 

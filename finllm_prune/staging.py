@@ -87,6 +87,12 @@ def save_text(text: str, path: Path) -> None:
     os.replace(partial, path)
 
 
+def free_bytes(folder: Path) -> int:
+    """On the disk of a folder that need not be there yet."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
 def recover(folder: Path) -> None:
     """Put the old folder back where a process was killed between the two renames of ``publish``."""
     old = folder.with_name(f"{folder.name}.old")

@@ -138,8 +138,6 @@ WRONG_VALUES = [
     ("distillation", {"temperature": 0}, "temperature above 0"),
     ("distillation", {"relations": -1}, "hidden and relations must not be negative"),
     ("distillation", {"layers": "dynamic", "hidden": 0}, "distillation.layers: dynamic matches layers by their hidden"),
-    ("distillation", {"cache": True}, "distillation.cache: only logits are kept"),
-    ("distillation", {"cache": True, "hidden": 0, "relations": 1}, "set hidden: 0 and relations: 0, or cache: false"),
     ("training.output_dir", "x", "training.output_dir: this is set by output; remove the key"),
     ("training.resume_from_checkpoint", "x", "this is set by --resume; remove the key"),
     ("dense", {"training": {"push_to_hub": True}}, "dense.training.push_to_hub: this is set by"),

@@ -49,8 +49,8 @@ def refusal(recipe: Recipe) -> str:
 
 @pytest.mark.parametrize(
     "distillation",
-    [{"layers": "dynamic", "relations": 0.1}, {"cache": True, "hidden": 0.0}],
-    ids=["wider_and_deeper", "kept_logits"],
+    [{"layers": "dynamic", "relations": 0.1}, {"cache": True, "hidden": 0.0}, {"cache": True}],
+    ids=["wider_and_deeper", "kept_logits", "kept_states"],
 )
 def test_a_larger_teacher_leaves_a_plain_model_and_nothing_of_its_own(
     tmp_path: Path, recipe: Any, distillation: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -67,6 +67,14 @@ def test_a_larger_teacher_leaves_a_plain_model_and_nothing_of_its_own(
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "masked")
     assert model.state_dict().keys() == tiny_model().state_dict().keys()
     assert model.config.hidden_size == 32
+
+
+def test_states_that_the_disk_has_no_room_for_are_refused_before_training(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finllm_prune.training.teacher_states.free_bytes", lambda folder: 1000)
+    assert "distillation.cache: the teacher's hidden states" in refusal(recipe(cache=True))
+    prepare(recipe(cache=True, hidden=0.0), resume=False, overwrite=False)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path, recipe: Any) -> None:

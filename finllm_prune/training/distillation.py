@@ -1,12 +1,14 @@
 """What the pruned student learns from a dense teacher: its logits, its hidden states, and how its tokens relate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DataCollator, PreTrainedConfig, PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_architecture
@@ -14,7 +16,10 @@ from finllm_prune.inference import Gather, answer
 from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence, uniform_layers
 from finllm_prune.training.logit_losses import kl, margin_mse, mse, set_kl
 from finllm_prune.training.projection import Projection
-from finllm_prune.training.teacher_logits import TEACHER_LOGITS
+from finllm_prune.training.teacher_logits import TEACHER_LOGITS, with_teacher_logits
+from finllm_prune.training.teacher_states import TEACHER_ROW, KeptStates, states_bytes, with_teacher_states
+
+_Blocks = Sequence[Tensor] | Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Distillation:
         relations: the weight of the relations between tokens; it needs no projection. 0 leaves them out.
         dropout: in all dropout layers of the student, 0 to below 1; None leaves what its config says. Who imitates a teacher
             is held by it, and in a short run learns more without the noise.
-        cache: let the teacher run over the training rows once and keep its logits on disk; for logits alone.
+        cache: let the teacher run over the training rows once, and keep on disk what the student is compared with: logits,
+            and hidden states in bfloat16 (two bytes for each token, compared layer and unit of width; see ``plan``). A third
+            of a step's time is the teacher's otherwise.
     """
 
     teacher: str = "dense"
@@ -67,16 +74,32 @@ class Distillation:
             raise InputError(
                 "distillation.layers: dynamic matches layers by their hidden states; set hidden above 0, or layers: uniform"
             )
-        if self.cache and self.compares_layers:
-            raise InputError(
-                "distillation.cache: only logits are kept, hidden states are too large; set hidden: 0 and relations: 0, "
-                "or cache: false"
-            )
 
     @property
     def compares_layers(self) -> bool:
         """Whether the loss needs hidden states of student and teacher."""
         return self.hidden > 0 or self.relations > 0
+
+    def compared(self, layers: Sequence[int]) -> list[int]:
+        """Those of the teacher's blocks at the height of each of the student's that are compared, ascending."""
+        return list(layers if self.layers == "uniform" else layers[::-3][::-1])
+
+    def kept_bytes(
+        self, rows: datasets.Dataset, own: PreTrainedConfig, teacher: PreTrainedConfig, kept: Sequence[int] | None
+    ) -> int:
+        """What the hidden states that ``cache`` keeps take on disk; logits are little beside them.
+
+        Args:
+            rows: tokenized, for training.
+            own, teacher: configs of the student, before it loses blocks, and of the teacher.
+            kept: the blocks that the student keeps; None for all.
+        """
+        if not self.cache or not self.compares_layers:
+            return 0
+        depth, height = (find_architecture(each.model_type).depth_of(each) for each in (own, teacher))
+        return states_bytes(
+            rows, self.compared(uniform_layers(kept or range(depth), depth, height)), teacher.hidden_size
+        )
 
 
 def drop_out(model: torch.nn.Module, part: float | None) -> None:
@@ -105,12 +128,14 @@ class Teacher:
         compares_layers: whether its loss needs hidden states.
         projection: from the student's width to the teacher's; None where both are equal or nothing needs it. Whoever
             trains the student trains its parameters too, as PruningTrainer does.
+        states: the hidden states of the training rows, where they are kept; None lets the model compute them.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Distillation, layers: Sequence[int], width: int | None = None):
         self.model = model.eval().requires_grad_(False)
         self.settings = settings
         self.layers = list(layers)
+        self.states: KeptStates | None = None
         self.outputs = model.config.num_labels
         self.compares_layers = settings.compares_layers
         self.of_sets = model.config.problem_type == "multi_label_classification"
@@ -133,6 +158,18 @@ class Teacher:
         if self.projection is not None:
             self.projection.to(device)
 
+    def kept(self, rows: datasets.Dataset, collator: DataCollator, folder: Path) -> datasets.Dataset:
+        """The rows with what lets them do without the model, which runs over them once, or was run by an earlier process.
+
+        Args:
+            rows, collator, folder: as of ``with_teacher_logits``.
+        """
+        if not self.compares_layers:
+            return with_teacher_logits(self.model, rows, collator, folder)
+        blocks = self.settings.compared(self.layers)
+        rows, self.states = with_teacher_states(self.model, rows, collator, folder, blocks)
+        return rows
+
     def loss(self, outputs: dict[str, Any], inputs: dict[str, Tensor], gather: Gather | None = None) -> Tensor:
         """The whole training loss.
 
@@ -140,7 +177,7 @@ class Teacher:
             outputs: of the student: ``loss`` (of the task), ``logits`` (batch, classes), and ``hidden_states`` (a tuple
                 of (batch, tokens, width), embeddings first) if ``settings.compares_layers``.
             inputs: the batch, on the student's device, labels included. If it carries ``teacher_logits`` (batch,
-                classes), they stand for the teacher, which does not run.
+                classes), they and ``states`` stand for the teacher, which does not run.
             gather: what made the student's logits of those of several sequences a row, or of each token; of a language model's
                 completions the rows of both models' logits are tokens.
         """
@@ -150,7 +187,7 @@ class Teacher:
         distance = self._distance(logits, target["logits"], inputs.get("labels"))
         loss: Tensor = settings.alpha * distance + (1.0 - settings.alpha) * outputs["loss"]
         if settings.compares_layers:
-            loss = loss + self._layers(outputs["hidden_states"][1:], target["hidden_states"][1:], _mask(inputs))
+            loss = loss + self._layers(outputs["hidden_states"][1:], target["blocks"], _mask(inputs))
         return loss
 
     def _distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -174,12 +211,15 @@ class Teacher:
         )
 
     def _target(self, inputs: dict[str, Tensor], gather: Gather | None) -> dict[str, Any]:
+        """``logits``, and the hidden states behind the ``blocks`` that are compared."""
         if TEACHER_LOGITS in inputs:
-            return {"logits": inputs[TEACHER_LOGITS]}
+            blocks = {} if self.states is None else self.states.of(inputs[TEACHER_ROW], inputs["attention_mask"])
+            return {"logits": inputs[TEACHER_LOGITS], "blocks": blocks}
         with torch.no_grad():
-            return answer(self.model, inputs, gather, output_hidden_states=self.settings.compares_layers)
+            outputs = answer(self.model, inputs, gather, output_hidden_states=self.compares_layers)
+        return {"logits": outputs["logits"], "blocks": outputs["hidden_states"][1:] if self.compares_layers else {}}
 
-    def _layers(self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def _layers(self, student: Sequence[Tensor], teacher: _Blocks, mask: Tensor) -> Tensor:
         hidden = relations = torch.zeros((), device=mask.device)
         for own, other in self._pairs(student, teacher, mask):
             if self.settings.hidden > 0:
@@ -188,11 +228,11 @@ class Teacher:
                 relations = relations + relation_divergence(student[own], teacher[other], mask)
         return self.settings.hidden * hidden + self.settings.relations * relations
 
-    def _pairs(self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> list[tuple[int, int]]:
+    def _pairs(self, student: Sequence[Tensor], teacher: _Blocks, mask: Tensor) -> list[tuple[int, int]]:
         """(Block of the student, block of the teacher) that are compared."""
         if self.settings.layers == "uniform":
             return list(enumerate(self.layers))
-        others = self.layers[::-3][::-1]
+        others = self.settings.compared(self.layers)
         with torch.no_grad():
             projected = [self._project(states) for states in student]
             errors = [hidden_error(own, teacher[other], mask) for other in others for own in projected]

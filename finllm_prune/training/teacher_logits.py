@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -38,7 +38,7 @@ def with_teacher_logits(
         batch_size: rows at a time.
     """
     return with_kept_logits(
-        rows, folder, _fingerprint(model, rows), lambda: logits_of(model, rows, collator, batch_size)
+        rows, folder, fingerprint_of(model, rows), lambda: logits_of(model, rows, collator, batch_size)
     )
 
 
@@ -56,9 +56,9 @@ def with_kept_logits(
     return rows.add_column(column, values, feature=datasets.List(datasets.Value("float32")))
 
 
-def _fingerprint(model: PreTrainedModel, rows: datasets.Dataset) -> str:
-    """sha256 over the weights of a model and the tokens of rows, in order."""
-    digest = hashlib.sha256()
+def fingerprint_of(model: PreTrainedModel, rows: datasets.Dataset, blocks: Sequence[int] = ()) -> str:
+    """sha256 over the weights of a model, the tokens of rows, in order, and which blocks are asked."""
+    digest = hashlib.sha256(json.dumps(list(blocks)).encode())
     for ids, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True):
         digest.update(json.dumps([ids, mask]).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -39,8 +39,10 @@ from finllm_prune.training.recorder import Recorder, Recording
 from finllm_prune.training.recovery import Seam
 from finllm_prune.training.sigterm import Sigterm
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
+from finllm_prune.training.teacher_states import TEACHER_ROW
 
 STATE_FILE = "pruner.safetensors"
+_KEPT = (TEACHER_LOGITS, TEACHER_ROW, COSINES)  # columns that no model takes
 
 
 class PruningTrainer(Trainer):
@@ -114,7 +116,7 @@ class PruningTrainer(Trainer):
         teacher, cosines = (self.teacher, self.cosines) if model.training else (None, None)
         if teacher is None and cosines is None and self.task_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        own = {key: value for key, value in inputs.items() if key not in (TEACHER_LOGITS, COSINES)}
+        own = {key: value for key, value in inputs.items() if key not in _KEPT}
         options = {} if teacher is None else {"output_hidden_states": teacher.compares_layers}
         gather = gather_of(self.data_collator)
         if PARTS in inputs:
@@ -207,7 +209,7 @@ class PruningTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Kept answers of teachers and what a collator gathers by reach the batch, though no model takes them."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, TEACHER_LOGITS, COSINES, PARTS]  # type: ignore[assignment,misc]
+        self._signature_columns = [*self._signature_columns, *_KEPT, PARTS]  # type: ignore[assignment,misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """``train_sampling_strategy: group_by_length`` with the batches of an epoch in random order."""
