@@ -70,7 +70,7 @@ def grid(args: argparse.Namespace) -> tuple[Protocol, list[Cell]]:
     if not args.progress:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    names = ("data", "model", "rows", "epochs", "dense_epochs", "dense_learning_rate", "out", "progress")
+    names = ("data", "model", "rows", "epochs", "dense_epochs", "dense_learning_rate", "out", "progress", "bf16")
     protocol = Protocol(**{name: getattr(args, name) for name in names})
     cells = [
         protocol.cell(method, sparsity, seed, rate)
@@ -126,6 +126,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--dense-epochs", type=float, default=4.0, help="of the dense model that all start from")
     parser.add_argument("--dense-learning-rate", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves the default")
+    parser.add_argument("--bf16", action="store_true", help="train all of them in bfloat16 autocast")
     parser.add_argument("--progress", action="store_true", help="show progress bars")
     return parser
 

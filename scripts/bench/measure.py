@@ -38,7 +38,12 @@ def run(cell: Cell, protocol: Protocol) -> Row:
         drop_out(student, plan.distillation.dropout)
     family = find_family(student.config.model_type)
     layers = range(len(family.layers(student)))
-    parts: dict[str, Any] = {"teacher": Teacher(dense, plan.distillation, layers) if plan.distillation else None}
+    parts: dict[str, Any] = {"train_dataset": ready.tokens["train"]}
+    if plan.distillation is not None and plan.recovery is None:
+        teacher = parts["teacher"] = Teacher(dense, plan.distillation, layers)
+        teacher.to(ready.arguments.device)
+        collator = plan.task.collator(ready.tokenizer)
+        parts["train_dataset"] = teacher.kept(ready.tokens["train"], collator, protocol.out / "teachers")
     pruner = None
     if plan.recovery is None and "pruning" in method.recipe:
         rules = plan.pruning.rules

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
@@ -31,6 +32,7 @@ class Protocol:
     dense_learning_rate: float
     out: Path
     progress: bool = False
+    bf16: bool = False
 
     def cell(self, name: str, sparsity: float, seed: int, learning_rate: float) -> Cell:
         """A cell of the grid with all its settings, defaults filled in. Raises InputError for a wrong recipe."""
@@ -75,11 +77,18 @@ class Protocol:
             "weight_decay": 0.01,
             "train_sampling_strategy": "group_by_length",
         }
+        if self.bf16:
+            training |= {"bf16": True, "use_cpu": not torch.cuda.is_available()}
+        # The teacher of a seed is the same for all of its cells, so it runs once.
+        distillation = method.recipe.get("distillation", {})
+        if distillation is not None:
+            distillation = {"cache": True} | distillation
         return parse(
             {
                 "model": self.model,
                 "task": {"name": "sentiment", "dataset": str(self.data), "max_length": 64, "train_rows": self.rows},
                 **method.recipe,
+                "distillation": distillation,
                 "pruning": {"rules": _NOT_USED, **given},
                 "training": training
                 | method.recipe.get("training", {})
@@ -109,8 +118,8 @@ class Protocol:
     def train(self, ready: Prepared, model: nn.Module, changes: dict[str, Any], **parts: Any) -> PruningTrainer:
         """Fine-tune on the protocol's rows."""
         trainer = PruningTrainer(
-            model, self._arguments(ready, changes), train_dataset=ready.tokens["train"], processing_class=ready.tokenizer,
-            data_collator=ready.recipe.task.collator(ready.tokenizer), **parts,
+            model, self._arguments(ready, changes), processing_class=ready.tokenizer,
+            data_collator=ready.recipe.task.collator(ready.tokenizer), **({"train_dataset": ready.tokens["train"]} | parts),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
