@@ -83,12 +83,10 @@ def unpack(
         InputError: the parts are not those of one matrix of this shape.
     """
     check(packed, shape, name)
-    places, values = _places(packed), packed.values
-    if packed.scale is not None:
-        in_rows = np.diff(np.searchsorted(places, np.arange(shape[0] + 1) * shape[1]))
-        values = values.float() * torch.from_numpy(np.repeat(packed.scale.numpy(), in_rows))
-    flat = (memory or Memory()).zeros(math.prod(shape), dtype)
-    return flat.index_copy_(0, torch.from_numpy(places), values.to(dtype)).view(shape)
+    flat = (memory or Memory()).zeros(math.prod(shape), dtype if packed.scale is None else torch.float32)
+    flat.index_copy_(0, torch.from_numpy(_places(packed)), packed.values.to(flat.dtype))
+    matrix = flat.view(shape)
+    return matrix if packed.scale is None else matrix.mul_(packed.scale[:, None]).to(dtype)
 
 
 def _places(packed: Packed) -> NDArray[np.int64]:
