@@ -1,10 +1,12 @@
 """What pruning costs per optimizer step and in memory, against the plain `transformers.Trainer` on the same batches.
 
     python scripts/bench_training.py [--rounds 3] [--steps 32]
+    python scripts/bench_training.py --only taught kept recovery      # and what a whole run costs with its teacher
 
-MiniLM-L6 with its real weights, batch 32 x 64 tokens, AdamW, no distillation. Each round trains every variant once, in turn,
-for the same few steps; the masks are chosen as often as in a run of 256 steps (64 times between 5 % and 70 % of it), and the
-ratio is taken round by round. The peak of the resident memory is read in a process of its own per variant.
+MiniLM-L6 with its real weights, batch 32 x 64 tokens, AdamW; a teacher of the same size where the variant says so, for logits
+and hidden states. Each round trains every variant once, in turn, for the same few steps; the masks are chosen as often as in
+a run of 256 steps (64 times between 5 % and 70 % of it), and the ratio is taken round by round. The peak of the resident
+memory is read in a process of its own per variant.
 """
 
 import argparse
@@ -14,37 +16,62 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
 from finllm_prune.families import find_family, shrink, without_effect
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import Cubic, Global, Head, Magnitude, Neuron, Pruner, Rule
-from finllm_prune.training import PruningTrainer, Recording
+from finllm_prune.training import Distillation, PruningTrainer, Recording, Teacher
 
-VARIANTS: dict[str, list[Rule]] = {
-    "plain Trainer": [],
-    "unstructured, global": [Rule("encoder", 0.9, budget=Global())],
-    "neurons": [Rule("mlp", 0.75, structure=Neuron())],
-    "unstructured, global, recorded": [Rule("encoder", 0.9, budget=Global())],
-    "heads": [Rule("attention", 0.5, structure=Head())],
-    "neurons and heads": [Rule("mlp", 0.75, structure=Neuron()), Rule("attention", 0.5, structure=Head())],
-    "recovery without 75 % of neurons and heads": [
-        Rule("mlp", 0.75, Neuron(), Magnitude()),
-        Rule("attention", 0.75, Head(), Magnitude()),
-    ],
+_THREE_QUARTERS = (Rule("mlp", 0.75, Neuron(), Magnitude()), Rule("attention", 0.75, Head(), Magnitude()))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained.
+
+    Args:
+        rules: what is cut while it is trained; without any, the plain Trainer trains the dense model.
+        small: whether that is gone before the first step, as in recovery.
+        teacher: that runs ``beside`` the student, or whose answers are ``kept``; None trains on labels alone.
+        recorded: by the flight recorder.
+    """
+
+    rules: Sequence[Rule] = ()
+    small: bool = False
+    teacher: str | None = None
+    recorded: bool = False
+
+
+PLAIN, PASS = "plain Trainer", "one pass of the teacher, kept"
+VARIANTS = {
+    PLAIN: Variant(),
+    "unstructured, global": Variant([Rule("encoder", 0.9, budget=Global())]),
+    "neurons": Variant([Rule("mlp", 0.75, structure=Neuron())]),
+    "unstructured, global, recorded": Variant([Rule("encoder", 0.9, budget=Global())], recorded=True),
+    "heads": Variant([Rule("attention", 0.5, structure=Head())]),
+    "neurons and heads": Variant([Rule("mlp", 0.75, structure=Neuron()), Rule("attention", 0.5, structure=Head())]),
+    "neurons and heads, taught": Variant(_THREE_QUARTERS, teacher="beside"),
+    "neurons and heads, teacher kept": Variant(_THREE_QUARTERS, teacher="kept"),
+    "recovery without 75 % of neurons and heads": Variant(_THREE_QUARTERS, small=True),
+    "recovery, taught": Variant(_THREE_QUARTERS, small=True, teacher="beside"),
+    "recovery, teacher kept": Variant(_THREE_QUARTERS, small=True, teacher="kept"),
 }
 
 
@@ -66,37 +93,51 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
-def train(variant: str, steps: int, batch: int, tokens: int) -> float:
-    """Train one variant afresh and return the seconds per step."""
+def train(name: str, steps: int, batch: int, tokens: int) -> dict[str, float]:
+    """Train one variant afresh; its seconds per step, and those of the teacher's pass over as many rows, where it is kept."""
     set_seed(0)
+    variant = VARIANTS[name]
     location, _ = locate("sentence-transformers/all-MiniLM-L6-v2")
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(location, num_labels=3)
-    ids = torch.randint(1000, 30000, (steps * batch, tokens))
-    rows = datasets.Dataset.from_dict(
-        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": (ids[:, 0] % 3).tolist()}
-    )
+    model, other = (AutoModelForSequenceClassification.from_pretrained(location, num_labels=3) for _ in range(2))
+    rows = random_rows(steps * batch, tokens)
     clock = Clock()
+    spent: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-4, save_strategy="no",
             disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, weight_decay=0.01,
         )  # fmt: skip
-        rules = VARIANTS[variant]
-        if variant.startswith("recovery"):
-            Pruner(find_family(model.config.model_type).groups(model, rules), Cubic()).finish()
-            trainer: Trainer = PruningTrainer(shrink(model, without_effect(model)), arguments, train_dataset=rows)
-        elif rules:
-            schedule = Cubic(updates=max(1, steps // 4))
-            pruner = Pruner(find_family(model.config.model_type).groups(model, rules), schedule)
-            # As in a run of 256 steps, which has a moment every six steps.
-            recording = Recording(every=min(1.0, 6 / steps)) if variant.endswith("recorded") else None
-            trainer = PruningTrainer(model, arguments, train_dataset=rows, pruner=pruner, recording=recording)
-        else:
+        parts: dict[str, Any] = {}
+        if variant.teacher is not None:
+            parts["teacher"] = Teacher(other, Distillation(), range(model.config.num_hidden_layers))
+        if variant.teacher == "kept":
+            began = time.perf_counter()
+            rows = parts["teacher"].kept(rows, default_data_collator, Path(folder))
+            spent[PASS] = (time.perf_counter() - began) / steps
+        if not variant.rules:
             model.accepts_loss_kwargs = False
-            trainer = Trainer(model, arguments, train_dataset=rows)
+            trainer: Trainer = Trainer(model, arguments, train_dataset=rows)
+        else:
+            groups = find_family(model.config.model_type).groups(model, list(variant.rules))
+            if variant.small:
+                Pruner(groups, Cubic()).finish()
+                model = shrink(model, without_effect(model))
+            else:
+                parts["pruner"] = Pruner(groups, Cubic(updates=max(1, steps // 4)))
+                # As in a run of 256 steps, which has a moment every six steps.
+                parts["recording"] = Recording(every=min(1.0, 6 / steps)) if variant.recorded else None
+            trainer = PruningTrainer(model, arguments, train_dataset=rows, **parts)
         trainer.add_callback(clock)  # behind all others, so that their work at the end of a step is counted
         trainer.train()
-    return sum(clock.seconds[1:]) / (steps - 1)
+    return spent | {name: sum(clock.seconds[1:]) / (steps - 1)}
+
+
+def random_rows(count: int, tokens: int) -> datasets.Dataset:
+    """So many texts of random tokens, of three classes."""
+    ids = torch.randint(1000, 30000, (count, tokens))
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": (ids[:, 0] % 3).tolist()}
+    )
 
 
 def peak_megabytes(variant: str, args: argparse.Namespace) -> float:
@@ -121,28 +162,56 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="of the variants those with one of these in their names"
+    )
     parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         train(args.memory_of, 10, args.batch, args.tokens)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    memory = {variant: peak_megabytes(variant, args) for variant in VARIANTS}
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    names = [name for name in VARIANTS if name == PLAIN or any(word in name for word in args.only or [name])]
+    memory = {name: peak_megabytes(name, args) for name in names}
+    times: dict[str, list[float]] = {}
     for _ in range(args.rounds):
-        for variant, series in times.items():
-            series.append(train(variant, args.steps, args.batch, args.tokens))
-    plain = times["plain Trainer"]
+        found: dict[str, float] = {}
+        for name in names:
+            found |= train(name, args.steps, args.batch, args.tokens)
+        for name, seconds in found.items():
+            times.setdefault(name, []).append(seconds)
     print(
         f"\nMiniLM-L6, batch {args.batch} x {args.tokens} tokens, {torch.get_num_threads()} threads, {args.rounds} rounds"
     )
     print("| variant | seconds per step, median | ratio to plain: median (min to max) | peak memory, MB | ratio |")
     print("|---|---|---|---|---|")
-    for variant, series in times.items():
-        ratios = [own / base for own, base in zip(series, plain, strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        share = memory[variant] / memory["plain Trainer"]
-        print(f"| {variant} | {statistics.median(series):.3f} | {spread} | {memory[variant]:.0f} | {share:.2f} |")
+    ratios = {
+        name: [own / base for own, base in zip(series, times[PLAIN], strict=True)] for name, series in times.items()
+    }
+    for name, own in ratios.items():
+        spread = f"{statistics.median(own):.3f} ({min(own):.3f} to {max(own):.3f})"
+        space = f"{memory[name]:.0f} | {memory[name] / memory[PLAIN]:.2f}" if name in memory else " | "
+        print(f"| {name} | {statistics.median(times[name]):.3f} | {spread} | {space} |")
+    if PASS in ratios and "recovery, teacher kept" in ratios:
+        print("\n" + whole_runs({name: statistics.median(own) for name, own in ratios.items()}))
+
+
+def whole_runs(cost: dict[str, float], dense: int = 4, pruned: int = 8) -> str:
+    """The cost of whole runs, as parts of as many dense steps: ``dense`` epochs for the teacher and ``pruned`` for the rest.
+
+    Args:
+        cost: of a step, as a part of one of the plain Trainer.
+    """
+    lines = [
+        "| of the pruned epochs at full size | teacher | cost of all epochs, of as many dense ones |",
+        "|---|---|---|",
+    ]
+    for full in (1.0, 0.5, 0.3):
+        for kind in ("taught", "teacher kept"):
+            passes = cost[PASS] if kind == "teacher kept" else 0.0
+            steps = full * cost[f"neurons and heads, {kind}"] + (1.0 - full) * cost[f"recovery, {kind}"]
+            lines.append(f"| {full:.0%} | {kind} | {(dense + pruned * steps + passes) / (dense + pruned):.2f} |")
+    return "\n".join([*lines, f"\n{dense} epochs for the dense teacher, {pruned} for pruning and recovery."])
 
 
 if __name__ == "__main__":
