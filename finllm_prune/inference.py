@@ -1,6 +1,6 @@
 """The forward pass of a batch whose rows may be several sequences, and the logits of a model on many rows."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,8 +53,8 @@ def logits_of(
             afterwards.
         rows: tokenized; the columns that the collator takes.
         collator: makes a batch of rows.
-        batch_size: rows at a time, fewer where the collator tells how many sequences may run ``at_once``; rows of like length
-            lie together.
+        batch_size: sequences at a time, or one row's; fewer where the collator tells how many may run ``at_once``. Rows of
+            like length lie together.
     """
     order, found = [], []
     for numbers, _, outputs in outputs_of(model, rows, collator, batch_size):
@@ -74,15 +74,29 @@ def outputs_of(
         description: of the progress bar.
         options: for the model, as ``output_hidden_states``.
     """
-    by_length = sorted(range(len(rows)), key=lambda row: length(rows[row]["input_ids"]))
-    if (most := getattr(collator, "at_once", None)) is not None:
-        batch_size = min(batch_size, max(1, most // _sequences(rows[0]["input_ids"])))
-    loader = DataLoader(rows.select(by_length), batch_size=batch_size, collate_fn=collator)
+    batches = _batches(rows["input_ids"], min(batch_size, getattr(collator, "at_once", batch_size)))
+    loader = DataLoader(rows, batch_sampler=batches, collate_fn=collator)
     with _evaluating(model) as device:
-        for i, batch in enumerate(tqdm(loader, desc=description, leave=False, disable=None)):
+        for numbers, batch in zip(batches, tqdm(loader, desc=description, leave=False, disable=None), strict=True):
             inputs = {key: value.to(device) for key, value in batch.items()}
-            numbers = by_length[i * batch_size : (i + 1) * batch_size]
-            yield numbers, inputs, answer(model, inputs, gather_of(collator), **options)
+            with torch.inference_mode():  # which would stay on where whoever iterates never comes back
+                outputs = answer(model, inputs, gather_of(collator), **options)
+            yield numbers, inputs, outputs
+
+
+def _batches(ids: Sequence[list[Any]], sequences: int) -> list[list[int]]:
+    """Numbers of rows of like length, of so many sequences at the most, or one row."""
+    by_length = sorted(range(len(ids)), key=lambda row: length(ids[row]))
+    found: list[list[int]] = []
+    room = 0
+    for row in by_length:
+        own = _sequences(ids[row])
+        if own > room:
+            found.append([])
+            room = sequences
+        found[-1].append(row)
+        room -= own
+    return found
 
 
 def in_order(values: Tensor, numbers: list[int]) -> Tensor:
@@ -101,12 +115,13 @@ def _sequences(ids: list[Any]) -> int:
 
 @contextmanager
 def _evaluating(model: Callable[..., Any]) -> Iterator[torch.device]:
-    """Without gradients and dropout; yields where the inputs go."""
-    with torch.inference_mode():
-        if not isinstance(model, PreTrainedModel):
-            yield torch.device("cpu")
-            return
-        was_training = model.training
-        model.eval()
+    """Without dropout; yields where the inputs go."""
+    if not isinstance(model, PreTrainedModel):
+        yield torch.device("cpu")
+        return
+    was_training = model.training
+    model.eval()
+    try:
         yield model.device
+    finally:
         model.train(was_training)

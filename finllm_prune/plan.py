@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class Plan:
             leaves out single weights too.
         bytes: of the weights, ``dense`` and in each format to be exported; a graph takes some more.
         latency: of a forward pass on this machine's CPU, from its table; None where no whole heads or neurons are cut.
-        seconds: ``dense``, ``pruning`` and ``recovery``, from a few real steps; without evaluation and export.
+        seconds: ``dense``, ``teacher`` (where its answers are kept), ``pruning`` and ``recovery``, from a few real steps;
+            without evaluation and export.
         peak_bytes: of weights, gradients, optimizer, scores, teacher and activations, at once.
         kept_bytes: of the teacher's hidden states on disk, until the run is complete; 0 where none are kept.
         target: kind, asked, and the lowest that these rules can reach; None without a target.
@@ -77,6 +79,8 @@ class Plan:
             what = f"CPU latency, {fast['batch']} × {fast['tokens']} tokens, {fast['threads']} threads"
             rows.append((what, f"{fast['dense_ms']:.1f} ms", f"{fast['pruned_ms']:.1f} ms, ratio {fast['ratio']:.2f}"))
         rows.append(("training time", f"{self.seconds['dense']:.0f} s", f"{self.seconds['pruning']:.0f} s"))
+        if "teacher" in self.seconds:
+            rows.append(("  the teacher's answers before it", "", f"{self.seconds['teacher']:.0f} s"))
         if "recovery" in self.seconds:
             rows.append(("  recovery after it", "", f"{self.seconds['recovery']:.0f} s"))
         rows.append(("peak memory", "", f"{self.peak_bytes / 1e9:.2f} GB"))
@@ -206,29 +210,49 @@ def _training(
     seconds = {"dense": 0.0}
     if recipe.dense.checkpoint is None:
         model = adapt(copy.deepcopy(ready.model), recipe.peft, ready.arguments.seed)
-        seconds["dense"], _ = _few_steps(ready, model, "dense", recipe.dense.training)
-    teacher = None
-    if recipe.distillation is not None and not recipe.distillation.cache:
-        model = copy.deepcopy(ready.model)
-        if ready.teacher is not None:
-            model = load_model(recipe.task, ready.teacher, ready.examples.labels)
-        teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
-    pruner = Pruner(groups, recipe.pruning.schedule, costs=ready.costs)
-    adapted = adapt(student, recipe.peft, ready.arguments.seed, groups)
-    # Scores, and the values of cut weights, which are parked; both are gone when the masks freeze.
-    carried = _bytes(pruner.state_dict().values()) + sum(_parked(group) for group in groups)
-    listeners = recipe.peft.callbacks(pruner) if recipe.peft else []
-    seconds["pruning"], peak = _few_steps(ready, adapted, "prune", {}, listeners, pruner=pruner, teacher=teacher)
-    if (recovery := recipe.recovery) is not None:
-        seconds["recovery"], _ = _few_steps(ready, small, "recover", recovery.training, teacher=teacher)
-        if not recovery.of_its_own:  # but a part of the training
-            seconds["pruning"] *= recipe.pruning.schedule.freeze
-            seconds["recovery"] *= 1.0 - recipe.pruning.schedule.freeze
+        seconds["dense"], _ = _few_steps(ready, model, ready.tokens["train"], "dense", recipe.dense.training)
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, rows = _teacher(ready, student, depth, Path(folder), seconds)
+        pruner = Pruner(groups, recipe.pruning.schedule, costs=ready.costs)
+        adapted = adapt(student, recipe.peft, ready.arguments.seed, groups)
+        # Scores, and the values of cut weights, which are parked; both are gone when the masks freeze.
+        carried = _bytes(pruner.state_dict().values()) + sum(_parked(group) for group in groups)
+        listeners = recipe.peft.callbacks(pruner) if recipe.peft else []
+        seconds["pruning"], peak = _few_steps(
+            ready, adapted, rows, "prune", {}, listeners, pruner=pruner, teacher=teacher
+        )
+        if (recovery := recipe.recovery) is not None:
+            seconds["recovery"], _ = _few_steps(ready, small, rows, "recover", recovery.training, teacher=teacher)
+            if not recovery.of_its_own:  # but a part of the training
+                seconds["pruning"] *= recipe.pruning.schedule.freeze
+                seconds["recovery"] *= 1.0 - recipe.pruning.schedule.freeze
     return {"seconds": seconds, "peak_bytes": peak + carried}
 
 
+def _teacher(
+    ready: Prepared, student: PreTrainedModel, depth: int, folder: Path, seconds: dict[str, float]
+) -> tuple[Teacher | None, datasets.Dataset]:
+    """Whom the student imitates; and the training rows, few and with its answers where these are kept, in ``seconds``."""
+    recipe, args, every = ready.recipe, ready.arguments, ready.tokens["train"]
+    if recipe.distillation is None:
+        return None, every
+    model = copy.deepcopy(ready.model)
+    if ready.teacher is not None:
+        model = load_model(recipe.task, ready.teacher, ready.examples.labels)
+    teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
+    if not recipe.distillation.cache:
+        return teacher, every
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = every.select(range(min(len(every), _STEPS * batch)))
+    teacher.to(args.device)
+    began = time.perf_counter()
+    rows = teacher.keep_answers(rows, recipe.task.collator(ready.tokenizer), folder)
+    seconds["teacher"] = (time.perf_counter() - began) * len(every) / len(rows)
+    return teacher, rows
+
+
 def _few_steps(
-    ready: Prepared, model: PreTrainedModel, phase: str, changes: dict[str, Any],
+    ready: Prepared, model: PreTrainedModel, rows: datasets.Dataset, phase: str, changes: dict[str, Any],
     callbacks: Sequence[TrainerCallback] = (), **parts: Any,
 ) -> tuple[float, int]:  # fmt: skip
     """The seconds of a whole phase, and its peak of bytes."""
@@ -239,11 +263,12 @@ def _few_steps(
         whole = training_arguments(ready.recipe, Path(folder), phase, changes)
         args = training_arguments(ready.recipe, Path(folder), phase, changes | short)
         trainer = PruningTrainer(
-            model, args, train_dataset=ready.tokens["train"], data_collator=ready.recipe.task.collator(ready.tokenizer),
+            model, args, train_dataset=rows, data_collator=ready.recipe.task.collator(ready.tokenizer),
             processing_class=ready.tokenizer, callbacks=[watch, *callbacks],
             task_loss=ready.recipe.task.loss(ready.examples), **parts,
         )  # fmt: skip
-        per_epoch = max(1, len(trainer.get_train_dataloader()) // whole.gradient_accumulation_steps)
+        batches = len(trainer.get_train_dataloader()) * len(ready.tokens["train"]) / len(rows)
+        per_epoch = max(1, int(batches) // whole.gradient_accumulation_steps)
         trainer.remove_callback(PrinterCallback)  # a plan is one table
         with watch.activations():
             trainer.train()
@@ -259,7 +284,7 @@ def _held(trainer: PruningTrainer) -> int:
     tensors += [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]  # their gradients
     for state in trainer.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    if isinstance(trainer.teacher, Teacher):
+    if isinstance(trainer.teacher, Teacher) and trainer.teacher.model is not None:
         tensors += [*trainer.teacher.model.parameters()]
     return _bytes(tensors)
 

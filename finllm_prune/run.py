@@ -185,7 +185,7 @@ def _recover(
 
 
 def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Teacher | None, datasets.Dataset]:
-    """Whom the student imitates, block by block of its first ``depth``; and the training rows, with kept logits if asked."""
+    """Whom the student imitates, block by block of its first ``depth``; and the training rows, with its answers if kept."""
     recipe, rows = ready.recipe, ready.tokens["train"]
     if recipe.distillation is None:
         return None, rows
@@ -193,7 +193,7 @@ def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Tea
     teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     if recipe.distillation.cache:
         teacher.to(ready.arguments.device)
-        rows = teacher.kept(rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
+        rows = teacher.keep_answers(rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
     return teacher, rows
 
 

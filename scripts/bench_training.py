@@ -25,6 +25,7 @@ import datasets
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -98,7 +99,7 @@ def train(name: str, steps: int, batch: int, tokens: int) -> dict[str, float]:
     set_seed(0)
     variant = VARIANTS[name]
     location, _ = locate("sentence-transformers/all-MiniLM-L6-v2")
-    model, other = (AutoModelForSequenceClassification.from_pretrained(location, num_labels=3) for _ in range(2))
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(location, num_labels=3)
     rows = random_rows(steps * batch, tokens)
     clock = Clock()
     spent: dict[str, float] = {}
@@ -109,10 +110,12 @@ def train(name: str, steps: int, batch: int, tokens: int) -> dict[str, float]:
         )  # fmt: skip
         parts: dict[str, Any] = {}
         if variant.teacher is not None:
-            parts["teacher"] = Teacher(other, Distillation(), range(model.config.num_hidden_layers))
+            dense = AutoModelForSequenceClassification.from_pretrained(location, num_labels=3)
+            teacher = parts["teacher"] = Teacher(dense, Distillation(), range(model.config.num_hidden_layers))
+            teacher.to(arguments.device)
         if variant.teacher == "kept":
             began = time.perf_counter()
-            rows = parts["teacher"].kept(rows, default_data_collator, Path(folder))
+            rows = teacher.keep_answers(rows, default_data_collator, Path(folder))
             spent[PASS] = (time.perf_counter() - began) / steps
         if not variant.rules:
             model.accepts_loss_kwargs = False
@@ -192,7 +195,9 @@ def main() -> None:
         spread = f"{statistics.median(own):.3f} ({min(own):.3f} to {max(own):.3f})"
         space = f"{memory[name]:.0f} | {memory[name] / memory[PLAIN]:.2f}" if name in memory else " | "
         print(f"| {name} | {statistics.median(times[name]):.3f} | {spread} | {space} |")
-    if PASS in ratios and "recovery, teacher kept" in ratios:
+    if all(
+        f"{what}, {how}" in ratios for what in ("neurons and heads", "recovery") for how in ("taught", "teacher kept")
+    ):
         print("\n" + whole_runs({name: statistics.median(own) for name, own in ratios.items()}))
 
 

@@ -1,6 +1,7 @@
 """packed: any zeros take a bit on disk, and what is loaded is the model in memory, or an error in one sentence."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,10 @@ def test_a_packed_matrix_comes_back_to_the_bit(matrix: Tensor) -> None:
 
 @given(matrices())
 def test_eight_bits_are_half_a_step_away_at_most(matrix: Tensor) -> None:
-    back = unpack(pack(matrix, int8=True), tuple(matrix.shape), torch.float32)
+    packed = pack(matrix, int8=True)
+    back = unpack(packed, tuple(matrix.shape), torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(unpack(packed, tuple(matrix.shape), dtype), back.to(dtype))
     step = matrix.float().abs().amax(1, keepdim=True) / 127
     assert bool(((back - matrix.float()).abs() <= step * 0.501).all())
     assert not back[matrix == 0].any()
@@ -90,6 +94,8 @@ def test_parts_that_do_not_fit_are_refused(matrix: Tensor, data: st.DataObject) 
         Packed(packed.bitmask.int(), packed.values), Packed(packed.bitmask, packed.values, torch.ones(len(matrix))),
         Packed(packed.bitmask, packed.values.to(torch.int8)), Packed(packed.bitmask, packed.values.long()),
     ]  # fmt: skip
+    eight = pack(matrix, int8=True)
+    wrong += [Packed(eight.bitmask, eight.values, torch.full((len(matrix),), math.inf))]
     for parts in wrong:
         with pytest.raises(InputError, match="the file is damaged"):
             unpack(parts, tuple(matrix.shape), matrix.dtype)

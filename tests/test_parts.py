@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, TrainingArguments
 
-from finllm_prune.inference import logits_of
+from finllm_prune.inference import logits_of, outputs_of
 from finllm_prune.tasks.collating import PartsCollator
 from finllm_prune.training import Distillation, PruningTrainer, Teacher, with_teacher_logits
 from tests.conftest import loud, tiny_model
@@ -66,6 +66,16 @@ def test_logits_of_rows_are_those_of_each_row_alone(tokenizer: PreTrainedTokeniz
     model = loud(tiny_model())
     found = logits_of(model, documents(), PartsCollator(tokenizer, mean_of_parts), batch_size=4)
     torch.testing.assert_close(found, one_by_one(model), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 100])
+def test_a_batch_counts_sequences_not_rows(tokenizer: PreTrainedTokenizerFast, most: int) -> None:
+    batches = [
+        batch for _, batch, _ in outputs_of(tiny_model(), documents(), PartsCollator(tokenizer, mean_of_parts), most)
+    ]
+    assert sum(len(batch["labels"]) for batch in batches) == len(PARTS)
+    for batch in batches:
+        assert len(batch["input_ids"]) <= most or len(batch["labels"]) == 1
 
 
 def test_rows_of_one_sequence_train_as_plain_rows_do(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,6 @@
 """Hidden states of a teacher that are kept on disk: what the student learns of them, and what becomes of the files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def test_kept_answers_give_the_loss_of_the_teacher_itself(
 ) -> None:
     student, model, data = tiny_model(seed=1), loud(tiny_model(hidden=width, seed=2)), unequal_rows(12)
     live, kept = (Teacher(model, Distillation(**settings, cache=cache), layers, 32) for cache in (False, True))
-    columns = kept.kept(data, collator, tmp_path)
-    kept.model = Silent()  # type: ignore[assignment]
+    columns = kept.keep_answers(data, collator, tmp_path)
+    assert kept.model is None
     for chosen in ([3, 0, 11, 7], [5], [2, 1]):
         inputs = collator([data[i] for i in chosen])
         answers = student(**inputs, output_hidden_states=True)
@@ -58,7 +58,7 @@ def test_kept_answers_give_the_loss_of_the_teacher_itself(
 def test_rows_of_several_sequences_find_the_states_of_each(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model, collator, data = loud(tiny_model(seed=2)), PartsCollator(tokenizer, mean_of_parts), documents()
     teacher = Teacher(model, Distillation(cache=True), [0, 1])
-    columns = teacher.kept(data, collator, tmp_path)
+    columns = teacher.keep_answers(data, collator, tmp_path)
     batch = collator([columns[i] for i in (4, 0, 2)])
     assert teacher.states is not None
     found = teacher.states.of(batch["teacher_row"], batch["attention_mask"])
@@ -83,8 +83,7 @@ def test_a_run_on_kept_states_is_nearly_the_run_beside_the_teacher(
     for cache in (False, True):
         teacher, data = Teacher(tiny_model(seed=2), Distillation(cache=cache), [0, 1]), unequal_rows()
         if cache:
-            data = teacher.kept(data, collator, tmp_path / "kept")
-            teacher.model = Silent()  # type: ignore[assignment]
+            data = teacher.keep_answers(data, collator, tmp_path / "kept")
         run = trainer(
             tmp_path, RULES[rule] if rule else None, teacher=teacher, data=data, train_sampling_strategy="group_by_length",
             parts={"data_collator": collator, "eval_dataset": unequal_rows(8)}, optim="sgd", max_steps=8,
@@ -103,7 +102,7 @@ def test_states_are_read_again_and_lie_in_files_of_a_size(
     monkeypatch.setattr(teacher_states, "_FILE_BYTES", 4000)
     model, data = tiny_model(seed=2), unequal_rows(20)
     first = Teacher(model, Distillation(cache=True), [0, 1])
-    first.kept(data, collator, tmp_path)
+    first.keep_answers(data, collator, tmp_path)
     [folder] = (path for path in tmp_path.iterdir() if path.is_dir())
     tensors = [load_file(path) for path in sorted(folder.iterdir())]
     assert len(tensors) > 3
@@ -115,12 +114,12 @@ def test_states_are_read_again_and_lie_in_files_of_a_size(
     again = Teacher(model, Distillation(cache=True), [0, 1])
     forward = model.forward
     monkeypatch.setattr(model, "forward", Silent().forward)
-    columns = again.kept(data, collator, tmp_path)
+    columns = again.keep_answers(data, collator, tmp_path)
     assert columns["teacher_row"] == list(range(20))
     with pytest.raises(AssertionError, match="asked"):  # other blocks are other states
-        Teacher(model, Distillation(cache=True), [1]).kept(data, collator, tmp_path)
+        Teacher(model, Distillation(cache=True), [1]).keep_answers(data, collator, tmp_path)
     monkeypatch.setattr(model, "forward", forward)
-    Teacher(model, Distillation(cache=True), [1]).kept(data, collator, tmp_path)
+    Teacher(model, Distillation(cache=True), [1]).keep_answers(data, collator, tmp_path)
 
 
 def test_what_is_cut_short_leaves_no_half_folder_and_is_made_again(
@@ -129,15 +128,16 @@ def test_what_is_cut_short_leaves_no_half_folder_and_is_made_again(
     model, data = tiny_model(seed=2), unequal_rows(200)
     by_row, seen = teacher_states._by_row, []
 
-    def fails(states: Tensor, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    def fails(blocks: Iterable[Tensor], batch: dict[str, Tensor]) -> Sequence[Tensor]:
         seen.append(len(batch["input_ids"]))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return by_row(states, batch)
+        return by_row(blocks, batch)
 
     monkeypatch.setattr(teacher_states, "_by_row", fails)
     with pytest.raises(KeyboardInterrupt):
-        Teacher(model, Distillation(cache=True), [0, 1]).kept(data, collator, tmp_path)
+        Teacher(model, Distillation(cache=True), [0, 1]).keep_answers(data, collator, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    columns = Teacher(model, Distillation(cache=True), [0, 1]).kept(data, collator, tmp_path)
+    assert not torch.is_inference_mode_enabled()
+    columns = Teacher(model, Distillation(cache=True), [0, 1]).keep_answers(data, collator, tmp_path)
     assert len(columns) == 200

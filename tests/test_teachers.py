@@ -4,14 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.errors import InputError
+from finllm_prune.plan import plan
 from finllm_prune.prepare import prepare
 from finllm_prune.recipe import Recipe, parse
 from finllm_prune.run import run
+from finllm_prune.training import Teacher
 from tests import small
 from tests.conftest import LABELS, tiny_model
 
@@ -67,6 +71,41 @@ def test_a_larger_teacher_leaves_a_plain_model_and_nothing_of_its_own(
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "masked")
     assert model.state_dict().keys() == tiny_model().state_dict().keys()
     assert model.config.hidden_size == 32
+
+
+@pytest.mark.parametrize("more", [{}, {"layers": "dynamic", "relations": 0.1}], ids=["uniform", "dynamic"])
+def test_a_run_on_kept_answers_with_recovery_is_the_run_beside_the_teacher(
+    tmp_path: Path, recipe: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.few_resamples(monkeypatch)
+    keep, needed, ends = Teacher.keep_answers, [], []
+
+    def weighed(teacher: Teacher, rows: Any, collator: Any, folder: Path) -> Any:
+        rows = keep(teacher, rows, collator, folder)
+        needed.append(sum(path.stat().st_size for path in folder.glob("teacher_states-*/*")))
+        return rows
+
+    monkeypatch.setattr(Teacher, "keep_answers", weighed)
+    for cache in (False, True):
+        content = recipe(cache=cache, **more).resolved | {"output": str(tmp_path / f"out{cache}"), "recovery": {}}
+        content["model"] = {"name": content["model"]["name"], "keep_layers": [1]}
+        made = parse(content)
+        foretold = plan(made)
+        assert run(made) is not None
+        ends.append(load_file(tmp_path / f"out{cache}" / "masked" / "model.safetensors"))
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    assert ends[0].keys() == ends[1].keys()
+    moved = []
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name] == 0, value == 0)
+        torch.testing.assert_close(ends[1][name], value, rtol=0, atol=5e-4)  # Adam magnifies the rounding of bfloat16
+        moved.append(float((value - start[name]).abs().max()) if start[name].shape == value.shape else 0.0)
+    assert max(moved) > 5e-3
+    of_plan, of_run = needed
+    assert foretold.seconds["teacher"] > 0
+    assert 0 < foretold.kept_bytes <= of_run < 1.3 * foretold.kept_bytes  # with a header for each file
+    assert of_plan <= of_run
+    assert f"{foretold.kept_bytes / 1e9:.2f} GB" in [row[2] for row in foretold.rows()]
 
 
 def test_states_that_the_disk_has_no_room_for_are_refused_before_training(

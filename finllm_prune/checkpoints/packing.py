@@ -83,10 +83,9 @@ def unpack(
         InputError: the parts are not those of one matrix of this shape.
     """
     check(packed, shape, name)
-    flat = (memory or Memory()).zeros(math.prod(shape), dtype if packed.scale is None else torch.float32)
-    flat.index_copy_(0, torch.from_numpy(_places(packed)), packed.values.to(flat.dtype))
-    matrix = flat.view(shape)
-    return matrix if packed.scale is None else matrix.mul_(packed.scale[:, None]).to(dtype)
+    flat = (memory or Memory()).zeros(math.prod(shape), dtype)
+    matrix = flat.index_copy_(0, torch.from_numpy(_places(packed)), packed.values.to(dtype)).view(shape)
+    return matrix if packed.scale is None else matrix.mul_(packed.scale[:, None])  # the product is rounded once
 
 
 def _places(packed: Packed) -> NDArray[np.int64]:
@@ -109,7 +108,7 @@ def check(packed: Packed, shape: tuple[int, ...], name: str) -> None:
         or values.shape != (set_bits,)
         or (spare and int(bits[-1]) >> (8 - spare))
         or (values.dtype == torch.int8) != (scale is not None)
-        or (scale is not None and scale.shape != shape[:1])
+        or (scale is not None and not (scale.shape == shape[:1] and bool(scale.isfinite().all())))
         or not (values.is_floating_point() or values.dtype == torch.int8)
     ):
         raise InputError(

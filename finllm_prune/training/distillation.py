@@ -13,7 +13,7 @@ from transformers import DataCollator, PreTrainedConfig, PreTrainedModel
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_architecture
 from finllm_prune.inference import Gather, answer
-from finllm_prune.training.layers import hidden_error, ordered_matches, relation_divergence, uniform_layers
+from finllm_prune.training.layers import hidden_error, ordered_matches, real_tokens, relation_divergence, uniform_layers
 from finllm_prune.training.logit_losses import kl, margin_mse, mse, set_kl
 from finllm_prune.training.projection import Projection
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS, with_teacher_logits
@@ -125,6 +125,7 @@ class Teacher:
         width: of the student's hidden states; None says that it is the teacher's.
 
     Attributes:
+        model: None where its answers are kept.
         compares_layers: whether its loss needs hidden states.
         projection: from the student's width to the teacher's; None where both are equal or nothing needs it. Whoever
             trains the student trains its parameters too, as PruningTrainer does.
@@ -132,7 +133,7 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, settings: Distillation, layers: Sequence[int], width: int | None = None):
-        self.model = model.eval().requires_grad_(False)
+        self.model: PreTrainedModel | None = model.eval().requires_grad_(False)
         self.settings = settings
         self.layers = list(layers)
         self.states: KeptStates | None = None
@@ -154,20 +155,24 @@ class Teacher:
 
     def to(self, device: torch.device) -> None:
         """Move the model and the projection."""
-        torch.nn.Module.to(self.model, device=device)
+        if self.model is not None:
+            torch.nn.Module.to(self.model, device=device)
         if self.projection is not None:
             self.projection.to(device)
 
-    def kept(self, rows: datasets.Dataset, collator: DataCollator, folder: Path) -> datasets.Dataset:
-        """The rows with what lets them do without the model, which runs over them once, or was run by an earlier process.
+    def keep_answers(self, rows: datasets.Dataset, collator: DataCollator, folder: Path) -> datasets.Dataset:
+        """The rows with what stands for the model, which runs over them once, unless an earlier process did it, and is let go.
 
         Args:
             rows, collator, folder: as of ``with_teacher_logits``.
         """
-        if not self.compares_layers:
-            return with_teacher_logits(self.model, rows, collator, folder)
-        blocks = self.settings.compared(self.layers)
-        rows, self.states = with_teacher_states(self.model, rows, collator, folder, blocks)
+        assert self.model is not None
+        if self.compares_layers:
+            blocks = self.settings.compared(self.layers)
+            rows, self.states = with_teacher_states(self.model, rows, collator, folder, blocks)
+        else:
+            rows = with_teacher_logits(self.model, rows, collator, folder)
+        self.model = None
         return rows
 
     def loss(self, outputs: dict[str, Any], inputs: dict[str, Tensor], gather: Gather | None = None) -> Tensor:
@@ -187,7 +192,7 @@ class Teacher:
         distance = self._distance(logits, target["logits"], inputs.get("labels"))
         loss: Tensor = settings.alpha * distance + (1.0 - settings.alpha) * outputs["loss"]
         if settings.compares_layers:
-            loss = loss + self._layers(outputs["hidden_states"][1:], target["blocks"], _mask(inputs))
+            loss = loss + self._layers(outputs["hidden_states"][1:], target["blocks"], real_tokens(inputs))
         return loss
 
     def _distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
@@ -212,8 +217,8 @@ class Teacher:
 
     def _target(self, inputs: dict[str, Tensor], gather: Gather | None) -> dict[str, Any]:
         """``logits``, and the hidden states behind the ``blocks`` that are compared."""
-        if TEACHER_LOGITS in inputs:
-            blocks = {} if self.states is None else self.states.of(inputs[TEACHER_ROW], inputs["attention_mask"])
+        if self.model is None or (TEACHER_LOGITS in inputs and not self.compares_layers):
+            blocks = {} if self.states is None else self.states.of(inputs[TEACHER_ROW], real_tokens(inputs))
             return {"logits": inputs[TEACHER_LOGITS], "blocks": blocks}
         with torch.no_grad():
             outputs = answer(self.model, inputs, gather, output_hidden_states=self.compares_layers)
@@ -240,8 +245,3 @@ class Teacher:
 
     def _project(self, states: Tensor) -> Tensor:
         return states if self.projection is None else self.projection(states)
-
-
-def _mask(inputs: dict[str, Tensor]) -> Tensor:
-    """The real tokens; packed sequences have no others."""
-    return inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"])

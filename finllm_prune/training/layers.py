@@ -4,7 +4,7 @@ Hidden states have the shape (batch, tokens, width), masks (batch, tokens); what
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ def ordered_matches(cost: Tensor) -> list[int]:
     for where in reversed(came_from):
         matches.insert(0, int(where[matches[0] - 1]))
     return matches
+
+
+def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The mask of a batch; packed sequences have no padding and none."""
+    return inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"])
 
 
 def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

@@ -28,14 +28,15 @@ def with_teacher_logits(
 
     The logits lie in ``folder`` in a file that is named by the teacher's weights and the rows' tokens, so that a resumed
     run reads them and another teacher or other rows never do. They differ from those of a teacher that runs beside the
-    student by about 1e-6, because here a text lies among other texts and is padded to another length.
+    student by about 1e-6, because here a text lies among other texts and is padded to another length. The first rank alone
+    computes them while the others wait, no longer than ``training.ddp_timeout``.
 
     Args:
         model: the teacher, on the device where it is to run.
         rows: tokenized; the columns that the collator takes.
         collator: makes a batch of rows.
         folder: where the file is written, by the first rank.
-        batch_size: rows at a time.
+        batch_size: sequences at a time.
     """
     return with_kept_logits(
         rows, folder, fingerprint_of(model, rows), lambda: logits_of(model, rows, collator, batch_size)

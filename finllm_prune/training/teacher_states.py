@@ -1,5 +1,6 @@
 """A teacher's hidden states of the training rows, computed once and mapped from disk."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from transformers import DataCollator, PreTrainedModel
 from finllm_prune.errors import InputError
 from finllm_prune.inference import PARTS, in_order, length, outputs_of
 from finllm_prune.staging import free_bytes, staged
+from finllm_prune.training.layers import real_tokens
 from finllm_prune.training.teacher_logits import fingerprint_of, with_kept_logits
 
 TEACHER_ROW = "teacher_row"  # a column of the training rows: where a row's states are
 _FILE_BYTES = 2**28
-_DTYPE = (
-    torch.bfloat16
-)  # the range of fp32; its rounding is a thousandth of a state, far below what a student is off by
+# The range of fp32; its rounding is a thousandth of a state.
+_DTYPE = torch.bfloat16
+
+logger = logging.getLogger(__name__)
 
 
 class KeptStates:
@@ -63,18 +66,21 @@ def with_teacher_states(
     place = folder / f"teacher_states-{fingerprint[:16]}"
 
     def compute() -> Tensor:
-        order, logits = [], []
+        order: list[int] = []
+        logits = []
+
+        def states() -> Iterator[tuple[int, Tensor]]:
+            answers = outputs_of(model, rows, collator, batch_size, "teacher", output_hidden_states=True)
+            for numbers, batch, outputs in answers:
+                logits.append(outputs["logits"].float().cpu())
+                order.extend(numbers)
+                of_batch = _by_row([outputs["hidden_states"][1 + block] for block in blocks], batch)
+                del outputs  # before the next batch has its own
+                yield from zip(numbers, of_batch, strict=True)
+
         with staged(place) as partial:
-
-            def each() -> Iterator[tuple[int, Tensor]]:
-                answers = outputs_of(model, rows, collator, batch_size, "teacher", output_hidden_states=True)
-                for numbers, batch, outputs in answers:
-                    logits.append(outputs["logits"].float().cpu())
-                    order.extend(numbers)
-                    behind = [outputs["hidden_states"][1:][block] for block in blocks]
-                    yield from zip(numbers, _by_row(torch.stack(behind), batch), strict=True)
-
-            _write(each(), partial)
+            _write(states(), partial)
+        logger.info("The hidden states of %d blocks of the teacher are kept in %s.", len(blocks), place.name)
         return in_order(torch.cat(logits), order)
 
     rows = with_kept_logits(rows, folder, fingerprint, compute)
@@ -87,8 +93,8 @@ def states_bytes(rows: datasets.Dataset, blocks: Sequence[int], width: int) -> i
 
 
 def refuse_no_room(needed: int, folder: Path) -> None:
-    """Raises InputError where ``needed`` bytes are not free on the disk of ``folder``, which need not be there yet."""
-    free = free_bytes(folder)
+    """Raises InputError where ``needed`` bytes are not free on the disk of ``folder``, what lies in it not counted."""
+    free = free_bytes(folder) + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if needed > free:
         raise InputError(
             f"distillation.cache: the teacher's hidden states of all training rows take {needed / 1e9:.1f} GB, and "
@@ -97,28 +103,24 @@ def refuse_no_room(needed: int, folder: Path) -> None:
         )
 
 
-def _by_row(states: Tensor, batch: dict[str, Tensor]) -> Iterator[Tensor]:
-    """(blocks, sequences, tokens, width) -> for each row (blocks, its tokens, width), padding left out."""
-    mask = batch["attention_mask"].bool()
+def _by_row(blocks: Iterable[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """(sequences, tokens, width) of each block -> (blocks, its tokens, width) for each row, padding left out."""
+    mask = real_tokens(batch).bool()
     sequences = batch[PARTS].tolist() if PARTS in batch else [1] * len(mask)
     tokens = [int(of_row.sum()) for of_row in mask.split(sequences)]
-    yield from states[:, mask].to(_DTYPE).cpu().split(tokens, 1)
+    real = torch.stack([states[mask].to(_DTYPE).cpu() for states in blocks])
+    return torch.split(real, tokens, 1)
 
 
 def _write(states: Iterable[tuple[int, Tensor]], folder: Path) -> None:
     """So many rows to a file that no more than ``_FILE_BYTES`` wait in memory."""
     held: dict[str, Tensor] = {}
-    files = 0
-
-    def flush() -> None:
-        nonlocal files
-        save_file(held, folder / f"{files:05d}.safetensors")
-        held.clear()
-        files += 1
-
+    files = waiting = 0
     for row, tensor in states:
         held[str(row)] = tensor.contiguous()
-        if sum(each.nbytes for each in held.values()) >= _FILE_BYTES:
-            flush()
+        waiting += tensor.nbytes
+        if waiting >= _FILE_BYTES:
+            save_file(held, folder / f"{files:05d}.safetensors")
+            held, waiting, files = {}, 0, files + 1
     if held:
-        flush()
+        save_file(held, folder / f"{files:05d}.safetensors")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.cells import Cell, Row
+from bench.cells import Cell, Row, claimed
 from bench.methods import METHODS
 from bench.protocol import Protocol
 from finllm_prune.evaluation import compare, measure, removed
@@ -43,7 +43,8 @@ def run(cell: Cell, protocol: Protocol) -> Row:
         teacher = parts["teacher"] = Teacher(dense, plan.distillation, layers)
         teacher.to(ready.arguments.device)
         collator = plan.task.collator(ready.tokenizer)
-        parts["train_dataset"] = teacher.kept(ready.tokens["train"], collator, protocol.out / "teachers")
+        with claimed(protocol.out, f"teacher-{source.name}", wait=True):
+            parts["train_dataset"] = teacher.keep_answers(ready.tokens["train"], collator, protocol.out / "teachers")
     pruner = None
     if plan.recovery is None and "pruning" in method.recipe:
         rules = plan.pruning.rules
