@@ -73,9 +73,8 @@ def test_a_larger_teacher_leaves_a_plain_model_and_nothing_of_its_own(
     assert model.config.hidden_size == 32
 
 
-@pytest.mark.parametrize("more", [{}, {"layers": "dynamic", "relations": 0.1}], ids=["uniform", "dynamic"])
 def test_a_run_on_kept_answers_with_recovery_is_the_run_beside_the_teacher(
-    tmp_path: Path, recipe: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small.few_resamples(monkeypatch)
     keep, needed, ends = Teacher.keep_answers, [], []
@@ -87,7 +86,10 @@ def test_a_run_on_kept_answers_with_recovery_is_the_run_beside_the_teacher(
 
     monkeypatch.setattr(Teacher, "keep_answers", weighed)
     for cache in (False, True):
-        content = recipe(cache=cache, **more).resolved | {"output": str(tmp_path / f"out{cache}"), "recovery": {}}
+        content = recipe(cache=cache, layers="dynamic", relations=0.1).resolved | {
+            "output": str(tmp_path / f"out{cache}"),
+            "recovery": {},
+        }
         content["model"] = {"name": content["model"]["name"], "keep_layers": [1]}
         made = parse(content)
         foretold = plan(made)
