@@ -86,15 +86,14 @@ def outputs_of(
 
 def _batches(ids: Sequence[list[Any]], sequences: int) -> list[list[int]]:
     """Numbers of rows of like length, of so many sequences at the most, or one row."""
-    by_length = sorted(range(len(ids)), key=lambda row: length(ids[row]))
+    sizes = sorted((length(row), number, _sequences(row)) for number, row in enumerate(ids))
     found: list[list[int]] = []
     room = 0
-    for row in by_length:
-        own = _sequences(ids[row])
+    for _, number, own in sizes:
         if own > room:
             found.append([])
             room = sequences
-        found[-1].append(row)
+        found[-1].append(number)
         room -= own
     return found
 

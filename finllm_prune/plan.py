@@ -26,7 +26,7 @@ from finllm_prune.checkpoints.packed import pack_all
 from finllm_prune.evaluation import Target, cpu_threads, flops, measured_table, parameter_bytes
 from finllm_prune.families import Architecture, Family, find_architecture, narrow
 from finllm_prune.loading import load_model
-from finllm_prune.prepare import Prepared, engine_of, kept_bytes, read, training_arguments
+from finllm_prune.prepare import Prepared, engine_of, read, training_arguments
 from finllm_prune.pruning import Group, Pruner, equal_widths
 from finllm_prune.recipe import Recipe
 from finllm_prune.training import PruningTrainer, Teacher, adapt
@@ -121,7 +121,7 @@ def plan(recipe: Recipe) -> Plan:
         bytes={"dense": parameter_bytes(ready.model)}
         | {name: _size(name, forms.get(name, small)) for name in recipe.export},
         latency=_latency(ready.model, student, widths, shape, tokens),
-        kept_bytes=kept_bytes(recipe, ready.model.config, ready.teacher, ready.tokens["train"]),
+        kept_bytes=ready.kept_bytes,
         target=None
         if costs is None
         else {"kind": shape.kind, "asked": shape.ratio, "lowest": costs.lowest},

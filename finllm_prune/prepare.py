@@ -57,6 +57,7 @@ class Prepared:
         vocabulary: of a trimmed model, with what it changes in validation and test texts.
         costs: of heads and neurons, where the recipe has a target.
         encoder: what sentence-transformers takes for the encoder of ``recipe.cosines``.
+        kept_bytes: of the hidden states that ``distillation.cache`` is to keep on disk; 0 where it keeps none.
     """
 
     recipe: Recipe
@@ -72,6 +73,7 @@ class Prepared:
     vocabulary: tuple[Trimmed, Change] | None
     costs: Costs | None
     encoder: str | None = None
+    kept_bytes: int = 0
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
@@ -131,8 +133,9 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     recipe.task.loss(examples)  # class weights that do not fit are told now
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     teacher = _teacher(recipe, examples, tokens["train"])
-    if not resume:
-        refuse_no_room(kept_bytes(recipe, config, teacher, tokens["train"]), work)
+    kept = _kept_bytes(recipe, config, teacher, tokens["train"])
+    if kept > 0 and not resume:
+        refuse_no_room(kept, work)
     encoder = _encoder(recipe)
     logger.info("Base model: %s. Data: %s.", origin, examples.source)
     costs = None
@@ -140,7 +143,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
         _refuse_too_long(target, config)
         costs = price(target, model, small, groups, engine_of(target))
     return Prepared(
-        recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs, encoder
+        recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs, encoder,
+        kept,
     )  # fmt: skip
 
 
@@ -338,9 +342,8 @@ def _teacher(recipe: Recipe, examples: Examples, tokens: datasets.Dataset) -> st
     return location
 
 
-def kept_bytes(recipe: Recipe, config: PreTrainedConfig, teacher: str | None, tokens: datasets.Dataset) -> int:
-    """What ``distillation.cache`` takes on disk."""
-    if recipe.distillation is None:
+def _kept_bytes(recipe: Recipe, config: PreTrainedConfig, teacher: str | None, tokens: datasets.Dataset) -> int:
+    if recipe.distillation is None or not recipe.distillation.cache:
         return 0
     theirs = config if teacher is None else load_config(teacher)
     return recipe.distillation.kept_bytes(tokens, config, theirs, recipe.model.keep_layers)

@@ -50,8 +50,8 @@ class Distillation:
         dropout: in all dropout layers of the student, 0 to below 1; None leaves what its config says. Who imitates a teacher
             is held by it, and in a short run learns more without the noise.
         cache: let the teacher run over the training rows once, and keep on disk what the student is compared with: logits,
-            and hidden states in bfloat16 (two bytes for each token, compared layer and unit of width; see ``plan``). A third
-            of a step's time is the teacher's otherwise.
+            and hidden states in bfloat16 (two bytes for each token, compared layer and unit of width; see ``plan``). Else
+            it runs in every step, and takes nearly half of one where the student has become small.
     """
 
     teacher: str = "dense"
@@ -81,13 +81,13 @@ class Distillation:
         return self.hidden > 0 or self.relations > 0
 
     def compared(self, layers: Sequence[int]) -> list[int]:
-        """Those of the teacher's blocks at the height of each of the student's that are compared, ascending."""
+        """Of the teacher's blocks that stand at the height of each of the student's, those that are compared, in order."""
         return list(layers if self.layers == "uniform" else layers[::-3][::-1])
 
     def kept_bytes(
         self, rows: datasets.Dataset, own: PreTrainedConfig, teacher: PreTrainedConfig, kept: Sequence[int] | None
     ) -> int:
-        """What the hidden states that ``cache`` keeps take on disk; logits are little beside them.
+        """What the hidden states that ``cache`` keeps take on disk; 0 where it keeps none. Logits are little beside them.
 
         Args:
             rows: tokenized, for training.

@@ -38,7 +38,7 @@ def run(cell: Cell, protocol: Protocol) -> Row:
         drop_out(student, plan.distillation.dropout)
     family = find_family(student.config.model_type)
     layers = range(len(family.layers(student)))
-    parts: dict[str, Any] = {"train_dataset": ready.tokens["train"]}
+    parts: dict[str, Any] = {}
     if plan.distillation is not None and plan.recovery is None:
         teacher = parts["teacher"] = Teacher(dense, plan.distillation, layers)
         teacher.to(ready.arguments.device)
