@@ -8,6 +8,8 @@ from typing import Any
 from bench.peers import Peer, TorchGradual, TorchPruning
 from finllm_prune.pruning import CRITERIA
 
+_QUIET = {"save_strategy": "no", "disable_tqdm": True, "report_to": "none"}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -69,9 +71,16 @@ def without_dropout(method: Method) -> Method:
 
 def recovered(method: Method) -> Method:
     """The same with the training after the freeze, which comes at half of the run, on the small model."""
-    quiet = {"save_strategy": "no", "disable_tqdm": True, "report_to": "none"}
     pruning = method.recipe["pruning"] | {"schedule": {"name": "cubic", "end": 0.4, "freeze": 0.5}}
-    return replace(method, recipe=method.recipe | {"pruning": pruning, "recovery": {}, "training": quiet})
+    return replace(method, recipe=method.recipe | {"pruning": pruning, "recovery": {}, "training": _QUIET})
+
+
+def recovered_apart(method: Method, epochs: int = 4, keep_moments: bool = True) -> Method:
+    """The same with half of the run as a training of its own on the small model, whose learning rate rises and falls again."""
+    pruning = method.recipe["pruning"] | {"schedule": {"name": "cubic", "end": 0.8, "freeze": 0.9}}
+    recovery = {"num_train_epochs": epochs, "keep_moments": keep_moments}
+    training = _QUIET | {"num_train_epochs": epochs}
+    return replace(method, recipe=method.recipe | {"pruning": pruning, "recovery": recovery, "training": training})
 
 
 def at_full_size(method: Method) -> Method:
@@ -94,6 +103,8 @@ METHODS = {
     "structured_taylor_uneven": uneven(structured("taylor")),
     "structured_taylor_no_dropout": without_dropout(structured("taylor")),
     "structured_taylor_recovery": recovered(structured("taylor")),
+    "structured_taylor_recovery_apart": recovered_apart(structured("taylor")),
+    "structured_taylor_recovery_no_moments": recovered_apart(structured("taylor"), keep_moments=False),
     "structured_taylor_early": at_full_size(recovered(structured("taylor"))),
     "movement_factored": unstructured({"name": "movement", "moments": "factored"}),
     "movement_for_good": for_good(unstructured({"name": "movement", "moments": "factored"})),
