@@ -25,7 +25,16 @@ from finllm_prune.families import Architecture, Family, find_architecture, is_ca
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
 from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
-from finllm_prune.pruning import Calibrated, Costs, Group, Rule, SecondOrder, refuse_overlap, refuse_unsplittable
+from finllm_prune.pruning import (
+    Calibrated,
+    Costs,
+    Group,
+    Rule,
+    SecondOrder,
+    refuse_overlap,
+    refuse_unreachable,
+    refuse_unsplittable,
+)
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, read_texts
 from finllm_prune.training import Lora, adapt, refuse_no_chain, refuse_no_room, sentence_transformers
@@ -185,6 +194,7 @@ def _check_rules(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
     rules = recipe.pruning.rules
     groups = architecture.groups(model, rules)
     refuse_overlap(groups)
+    refuse_unreachable(groups)
     _tell_size(groups)
     whole = architecture.whole_units(model, rules) if recipe.pruning.fill else []
     _check_graph(recipe, architecture, model)

@@ -304,3 +304,41 @@ def test_the_teacher_is_not_trained(tmp_path: Path) -> None:
     before = weights(teacher)
     trainer(tmp_path, RULES["neuron"], teacher=Teacher(teacher, Distillation(), [0, 1])).train()
     assert_same(before, weights(teacher))
+
+
+class Poison(TrainerCallback):
+    """Makes one gradient of a step infinite or NaN, and keeps the weights from before and after the step."""
+
+    def __init__(self, name: str, value: float, step: int):
+        self.name, self.value, self.step = name, value, step
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step + 1 == self.step:
+            kwargs["model"].get_parameter(self.name).grad.view(-1)[7] = self.value
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step in (self.step - 1, self.step):
+            self.weights.append(weights(kwargs["model"]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.output.dense.weight", "classifier.weight"])
+@pytest.mark.parametrize("step", [10, 11])
+def test_13_a_step_with_an_infinite_gradient_is_skipped_without_a_loss_scaler_too_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, value: float, step: int
+) -> None:
+    """Before and after the masks are frozen; in what is cut, and elsewhere."""
+    poison = Poison(name, value, step)
+    run = trainer(tmp_path, RULES["unstructured"], callbacks=[poison])
+    run.train()
+    assert run.pruner is not None
+    assert int(run.pruner.skipped) == 1
+    assert_same(*poison.weights)
+    assert all(bool(value.isfinite().all()) for value in weights(run.model).values())
+    assert run.pruner.holds()
+    assert caplog.messages.count(
+        f"Step {step} is skipped: a gradient is infinite or NaN. If this comes again, lower training.learning_rate."
+    ) == 1  # fmt: skip

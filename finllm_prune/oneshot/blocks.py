@@ -20,6 +20,7 @@ from finllm_prune.pruning import (
     Slot,
     Uniform,
     refuse_overlap,
+    refuse_unreachable,
 )
 from finllm_prune.training import Pass, lies_in, prune_block, refuse_no_chain
 
@@ -47,6 +48,7 @@ class Plan:
         self.groups = model.family.groups(model.model, [rule for rule in rules if rule not in self.layers])
         if self.groups or not self.layers:
             refuse_overlap(self.groups)
+            refuse_unreachable(self.groups)
         refuse_no_chain(model.model, model.family, self.groups)
 
     def dropped(self, worth: Tensor) -> set[int]:

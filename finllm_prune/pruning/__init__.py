@@ -31,7 +31,7 @@ from finllm_prune.pruning.oneshot import (
     refuse_unfit,
 )
 from finllm_prune.pruning.pruner import Pruner, not_finite
-from finllm_prune.pruning.refusals import refuse_overlap, refuse_unsplittable
+from finllm_prune.pruning.refusals import refuse_overlap, refuse_unreachable, refuse_unsplittable
 from finllm_prune.pruning.regularizers import L1, L2, REGULARIZERS, GroupLasso, Regularizer
 from finllm_prune.pruning.schedules import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
 from finllm_prune.pruning.sharding import here, mesh_of, sampled, split_mesh, total
@@ -46,5 +46,6 @@ __all__ = [
     "SecondOrder", "Sensitivity", "Site", "Slot", "SoftMovement", "SparseGPT", "Structure", "Taylor", "Uniform", "Unstructured",
     "Variance", "Wanda",
     "attach", "equal_widths", "give_densities", "here", "mesh_of", "not_finite", "pattern_of", "refuse_overlap",
-    "refuse_unfillable", "refuse_unfit", "refuse_unsplittable", "sampled", "split_mesh", "spread", "total",
+    "refuse_unfillable", "refuse_unfit", "refuse_unreachable", "refuse_unsplittable", "sampled", "split_mesh", "spread",
+    "total",
 ]  # fmt: skip

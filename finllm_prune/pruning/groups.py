@@ -97,6 +97,11 @@ class Rule:
                 f"pruning.rules: a floor of {budget.floor} leaves no way to sparsity {sparsity}; "
                 f"set floor to at most {1.0 - sparsity:.6g}"
             )
+        if isinstance(budget, Global) and budget.ceiling < 1.0 - sparsity - 1e-9:
+            raise InputError(
+                f"pruning.rules: a ceiling of {budget.ceiling} keeps less than sparsity {sparsity} does; "
+                f"set ceiling to at least {1.0 - sparsity:.6g}"
+            )
         if isinstance(budget, Sensitivity) and budget.levels and sparsity > budget.levels[-1]:
             raise InputError(
                 f"pruning.rules: sparsity {sparsity} is above the highest level tried by budget sensitivity, "

@@ -92,12 +92,11 @@ class Pruner:
 
         Args:
             progress: the part of the run that is done once this step is: ``(step + 1) / steps``.
-            skip: a 0-dim tensor, above 0 where a loss scaler will skip this step; infinite and NaN gradients of the
-                targets are found here, those of other weights are not.
+            skip: a 0-dim tensor, above 0 where ``optimizer.step()`` will be skipped because a gradient of any weight is
+                infinite or NaN. None: those of the targets are looked at here, and only the scores stay as they are.
         """
         self._follow()
-        bad = self._bad_gradients()
-        self._step = Step(self.progress, progress, bad if skip is None else torch.maximum(bad, skip.to(bad)))
+        self._step = Step(self.progress, progress, self._bad_gradients(skip))
         self.skipped += self._step.skip
         self._uncover()
         for group in self.groups:
@@ -320,15 +319,15 @@ class Pruner:
             self._states[group.name] = {} if self.frozen else group.rule.criterion.start(group)
         return self._states[group.name]
 
-    def _bad_gradients(self) -> Tensor:
-        """1.0 where a gradient is not finite, without a host sync: fp16 skips such a step, and so must the scores."""
-        gradients = [
-            slot.parameter.grad for group in self.groups for slot in group.slots if slot.parameter.grad is not None
-        ]
-        gradients += [group.heard for group in self.groups if group.heard is not None]
-        if self.frozen or not gradients:
-            return torch.zeros_like(self.skipped)
-        return not_finite(gradients)
+    def _bad_gradients(self, skip: Tensor | None) -> Tensor:
+        """1.0 where the step is to be skipped, without a host sync."""
+        gradients = [group.heard for group in self.groups if group.heard is not None]
+        if skip is None:
+            gradients += [
+                slot.parameter.grad for group in self.groups for slot in group.slots if slot.parameter.grad is not None
+            ]
+        known = torch.zeros_like(self.skipped) if skip is None else skip.to(self.skipped)
+        return known if self.frozen or not gradients else torch.maximum(known, not_finite(gradients))
 
     def _rules(self) -> dict[int, tuple[Rule, list[Group]]]:
         rules: dict[int, tuple[Rule, list[Group]]] = {}

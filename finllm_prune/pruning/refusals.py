@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from finllm_prune.errors import InputError
+from finllm_prune.pruning.budgets import Uniform
 from finllm_prune.pruning.criteria import Movement, SecondOrder, SteeredScores
 from finllm_prune.pruning.groups import Group, Rule
 
@@ -17,6 +18,35 @@ def refuse_overlap(groups: list[Group]) -> None:
             if id(slot.parameter) in seen:
                 raise InputError(f"pruning.rules: {slot.name} is cut by two rules; give each target one rule")
             seen.add(id(slot.parameter))
+
+
+def refuse_unreachable(groups: Sequence[Group]) -> None:
+    """A sparsity that rounds to all units, one of which would stay after all, or to none."""
+    for rule in {id(group.rule): group.rule for group in groups}.values():
+        own = [group for group in groups if group.rule is rule]
+        if isinstance(rule.budget, Uniform):
+            for group in own:
+                _refuse_all_or_none(rule, [group], rule.budget.multiple)
+        else:
+            _refuse_all_or_none(rule, own)
+
+
+def _refuse_all_or_none(rule: Rule, groups: list[Group], multiple: int = 1) -> None:
+    if rule.sparsity is None:
+        return
+    units, least = sum(group.units for group in groups), len(groups)
+    kept = round((1.0 - rule.sparsity) * units / multiple) * multiple
+    where = groups[0].name if least == 1 else f"each of {groups[0].name} and {least - 1} more"
+    widths = f", kept in multiples of {multiple}" if multiple > 1 else ""
+    said = f"pruning.rules: sparsity {rule.sparsity} of the {units} units{widths}"
+    if kept < least:
+        remedy = (
+            "lower the budget's multiple, or sparsity" if multiple > 1 else f"set at most {1.0 - least / units:.4g}"
+        )
+        raise InputError(f"{said} would leave none in {where}; {remedy}")
+    if kept >= units:
+        remedy = "lower the budget's multiple, or raise sparsity" if multiple > 1 else f"set at least {1.0 / units:.4g}"
+        raise InputError(f"{said} would cut none in {where}; {remedy}")
 
 
 def refuse_unsplittable(rules: Sequence[Rule]) -> None:

@@ -1,5 +1,6 @@
 """A transformers.Trainer that prunes: `compute_loss`, `create_optimizer`, `log`, the sampler and callbacks, no copied loop."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,8 @@ from finllm_prune.training.recovery import Seam
 from finllm_prune.training.sigterm import Sigterm
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 from finllm_prune.training.teacher_states import TEACHER_ROW
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "pruner.safetensors"
 _KEPT = (TEACHER_LOGITS, TEACHER_ROW, COSINES)  # columns that no model takes
@@ -248,8 +251,15 @@ class PruningCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        skip = _overflow(kwargs["optimizer"]) if args.fp16 else None
+        optimizer = kwargs["optimizer"]
+        skip = _overflow(optimizer)
         self.pruner.before_step((state.global_step + 1) / state.max_steps, skip)
+        if not args.fp16 and bool(skip):  # else the loss scaler skips the step
+            logger.warning(
+                "Step %d is skipped: a gradient is infinite or NaN. If this comes again, lower training.learning_rate.",
+                state.global_step + 1,
+            )
+            optimizer.zero_grad(set_to_none=True)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -370,6 +380,6 @@ def _refuse_fsdp_unless_split(args: TrainingArguments, kind: DistributedType) ->
 
 
 def _overflow(optimizer: torch.optim.Optimizer) -> Tensor:
-    """1.0 where a gradient of what the optimizer trains is infinite or NaN: then the loss scaler skips the step."""
+    """1.0 where a gradient of what the optimizer trains is infinite or NaN: such a step is skipped."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return not_finite([parameter.grad for parameter in parameters if parameter.grad is not None])

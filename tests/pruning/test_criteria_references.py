@@ -164,22 +164,43 @@ def test_second_order_takes_a_last_block_that_is_not_full():
 
 
 def test_second_order_moves_the_weights_that_stay_to_the_minimum_of_the_quadratic_loss():
-    criterion = SecondOrder(block=4, gradients=16, damp=0.1)
-    group, state = observed(criterion, history())
-    weight = group.slots[0].parameter.detach().numpy().astype(np.float64).copy()
-    leaving = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
-    leaving[0, 1] = leaving[2, 4] = True  # one weight of the first block, and one of the fifth
-    criterion.compensate(group, state, leaving)
-    for block, f in enumerate(fisher(history(), 4, 16, 0.1)):
-        old = weight.reshape(-1)[4 * block : 4 * block + 4]
-        new = group.slots[0].parameter.detach().numpy().reshape(-1)[4 * block : 4 * block + 4]
-        gone = leaving.reshape(-1)[4 * block : 4 * block + 4].numpy()
-        if not gone.any():
-            np.testing.assert_array_equal(new, old.astype(np.float32))
-            continue
-        # min over d of d' F d with d = -w where a weight goes: the others solve a linear system.
-        expected = old[~gone] + np.linalg.solve(f[np.ix_(~gone, ~gone)], f[np.ix_(~gone, gone)] @ old[gone])
-        np.testing.assert_allclose(new[~gone], expected, rtol=1e-3)
+    """Several weights of a block at once, and again after more gradients, which the cut ones take no part in."""
+    criterion = SecondOrder(block=6, gradients=16, damp=0.1)
+    past = history()
+    group, state = observed(criterion, past)
+    parameter = group.slots[0].parameter
+    expected = parameter.detach().numpy().astype(np.float64).reshape(-1, 6).copy()
+    curvature = fisher(past, 6, 16, 0.1)
+    alive = np.ones((len(expected), 6), dtype=bool)
+    for number, leaving in enumerate(([(0, 1), (0, 3), (0, 4), (2, 5)], [(0, 0), (0, 2), (3, 1), (2, 4)])):
+        gone = np.zeros_like(alive)
+        gone[tuple(zip(*leaving, strict=True))] = True
+        cut = torch.from_numpy(gone.reshape(ROWS, COLUMNS))
+        criterion.compensate(group, state, cut)
+        for block in np.flatnonzero(gone.any(1)):
+            f, out, stay = curvature[block], gone[block], alive[block] & ~gone[block]
+            # min over d of d' F d with d = -w where a weight goes: the others solve a linear system.
+            if stay.any():
+                expected[block][stay] += np.linalg.solve(
+                    f[np.ix_(stay, stay)], f[np.ix_(stay, out)] @ expected[block][out]
+                )
+        alive &= ~gone
+        found = parameter.detach().numpy().reshape(-1, 6)
+        np.testing.assert_allclose(found[alive], expected[alive], rtol=1e-3, atol=1e-6, err_msg=f"cut {number}")
+        group.set_mask(group.mask & ~cut)
+        with torch.no_grad():
+            parameter.masked_fill_(cut, 0.0)
+        for _, g in past[:7]:
+            parameter.grad = torch.from_numpy(g.astype(np.float32))
+            criterion.observe(group, state, Step(0.5, 0.6, torch.tensor(0.0)))
+            masked = g.reshape(-1, 6) * alive
+            curvature += np.einsum("bi,bj->bij", masked, masked) / 16
+        weights = parameter.detach().numpy().reshape(-1, 6)
+        costs = [w**2 / (2 * np.diag(np.linalg.inv(f[np.ix_(a, a)]))) for w, f, a in
+                 ((w[a], f, a) for w, f, a in zip(weights, curvature, alive, strict=True))]  # fmt: skip
+        score = criterion.score(group, state).numpy().reshape(-1, 6)
+        np.testing.assert_allclose(score[alive], np.concatenate(costs), rtol=1e-3)
+        assert (score[~alive] == -1.0).all()
 
 
 def test_second_order_without_correction_moves_nothing():

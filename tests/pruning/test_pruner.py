@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
+from finllm_prune.families import find_family
 from finllm_prune.pruning import (
     CRITERIA,
     L1,
@@ -15,9 +16,12 @@ from finllm_prune.pruning import (
     SCHEDULES,
     STRUCTURES,
     Block,
+    Budget,
     Cubic,
     Global,
     Group,
+    Head,
+    Layer,
     Magnitude,
     Neuron,
     Pruner,
@@ -26,8 +30,10 @@ from finllm_prune.pruning import (
     Sensitivity,
     Site,
     Slot,
+    Structure,
     Uniform,
     Unstructured,
+    refuse_unreachable,
 )
 from tests.conftest import tiny_model
 from tests.pruning.runs import PAIRS, SHARES, fits, make_batches, make_optimizer, make_pruner, make_rule, train
@@ -441,12 +447,50 @@ def test_a_step_that_the_scaler_skips_reaches_no_score():
         ({"structure": NM(), "budget": Global(floor=0.1)}, "n:m leaves n of every m"),
         ({"criterion": ScoreMovement(), "regularizer": L1()}, "score_movement freezes them"),
         ({"budget": Global(floor=0.6)}, r"floor of 0\.6 leaves no way to sparsity 0\.5; set floor to at most 0\.5"),
+        (
+            {"budget": Global(ceiling=0.4)},
+            r"ceiling of 0\.4 keeps less than sparsity 0\.5 does; set ceiling to at least 0\.5",
+        ),
         ({"budget": Sensitivity(levels=(0.2, 0.4))}, "above the highest level tried"),
     ],
 )
 def test_parts_of_a_rule_that_undo_each_other_are_refused(parts: dict, message: str):
     with pytest.raises(InputError, match=message):
         Rule("encoder", 0.5, **parts)
+
+
+@pytest.mark.parametrize(
+    ("target", "structure", "budget", "sparsity", "message"),
+    [
+        ("attention", Head(), Uniform(), 0.9, r"0\.9 of the 4 units would leave none in bert.*layer\.0.*at most 0\.75"),
+        ("attention", Head(), Uniform(), 0.1, r"0\.1 of the 4 units would cut none in bert.*layer\.0.*at least 0\.25"),
+        (
+            "attention",
+            Head(),
+            Uniform(multiple=8),
+            0.5,
+            "in multiples of 8 would leave none.*lower the budget's multiple",
+        ),
+        ("mlp", Neuron(), Uniform(multiple=16), 0.1, "in multiples of 16 would cut none.*lower the budget's multiple"),
+        (
+            "attention",
+            Head(),
+            Global(),
+            0.9,
+            r"8 units would leave none in each of bert.*and 1 more; set at most 0\.75",
+        ),
+        ("encoder", Layer(), Uniform(), 0.9, r"2 units would leave none.*at most 0\.5"),
+    ],
+)
+def test_a_sparsity_that_would_empty_a_layer_or_cut_nothing_is_refused(
+    target: str, structure: Structure, budget: Budget, sparsity: float, message: str
+):
+    groups = find_family("bert").groups(tiny_model(layers=2), [Rule(target, sparsity, structure, Magnitude(), budget)])
+    with pytest.raises(InputError, match=message):
+        refuse_unreachable(groups)
+    refuse_unreachable(
+        find_family("bert").groups(tiny_model(layers=2), [Rule(target, 0.5, structure, Magnitude(), Global())])
+    )
 
 
 def test_rewind_takes_the_kept_weights_back_to_where_the_cut_began_and_survives_a_resume():
