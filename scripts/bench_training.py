@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ class Variant:
     recorded: bool = False
 
 
-PLAIN, PASS = "plain Trainer", "one pass of the teacher, kept"
+PLAIN, PASS, RECORDER = "plain Trainer", "one pass of the teacher, kept", "of it, the flight recorder itself"
+_EVERY = 6  # steps between two moments of the flight recorder in a run of 256
 VARIANTS = {
     PLAIN: Variant(),
     "unstructured, global": Variant([Rule("encoder", 0.9, budget=Global())]),
@@ -117,9 +118,10 @@ def train(name: str, steps: int, batch: int, tokens: int) -> dict[str, float]:
             began = time.perf_counter()
             rows = teacher.keep_answers(rows, default_data_collator, Path(folder))
             spent[PASS] = (time.perf_counter() - began) / steps
+        trainer: Trainer
         if not variant.rules:
             model.accepts_loss_kwargs = False
-            trainer: Trainer = Trainer(model, arguments, train_dataset=rows)
+            trainer = Trainer(model, arguments, train_dataset=rows)
         else:
             groups = find_family(model.config.model_type).groups(model, list(variant.rules))
             if variant.small:
@@ -127,12 +129,28 @@ def train(name: str, steps: int, batch: int, tokens: int) -> dict[str, float]:
                 model = shrink(model, without_effect(model))
             else:
                 parts["pruner"] = Pruner(groups, Cubic(updates=max(1, steps // 4)))
-                # As in a run of 256 steps, which has a moment every six steps.
-                parts["recording"] = Recording(every=min(1.0, 6 / steps)) if variant.recorded else None
+                parts["recording"] = Recording(every=min(1.0, _EVERY / steps)) if variant.recorded else None
             trainer = PruningTrainer(model, arguments, train_dataset=rows, **parts)
+        looks: list[float] = []
+        if isinstance(trainer, PruningTrainer) and trainer.recorder is not None:
+            vars(trainer.recorder)["on_step_end"] = timed(trainer.recorder.on_step_end, looks)
         trainer.add_callback(clock)  # behind all others, so that their work at the end of a step is counted
         trainer.train()
+        if looks:
+            spent[RECORDER] = sum(looks) / len(trainer.recorder.moments) / _EVERY
     return spent | {name: sum(clock.seconds[1:]) / (steps - 1)}
+
+
+def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The same, with the seconds of each call put down."""
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = call(*args, **kwargs)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    return measured
 
 
 def random_rows(count: int, tokens: int) -> datasets.Dataset:
