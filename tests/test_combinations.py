@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
-from finllm_prune.pruning import CRITERIA, STRUCTURES
+from finllm_prune.pruning import CRITERIA, NM, STRUCTURES, Layer, Magnitude, Pruner, Rule
 from tests.conftest import FAMILIES, logits, loud, tiny_model
 from tests.pruning.runs import fits, make_batches, make_optimizer, make_pruner, make_rule, train
 
@@ -46,8 +46,35 @@ def test_every_criterion_cuts_every_structure_of_every_family_or_is_refused_by_n
     train(model, pruner, make_optimizer(model), make_batches(3))
     pruner.finish()
     assert pruner.sparsity() == 0.5
-    model.save_pretrained(tmp_path)
-    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert_only_cut_weights_are_zero_after_a_round_trip(model, pruner, tmp_path)
+    matrices = {slot.name.removesuffix(".weight") for group in pruner.groups for slot in group.matrices}
+    assert matrices <= find_family(family).linears(model).keys()
+
+
+SUBLAYERS = {
+    "attention of a block": Rule("attention", 0.5, Layer(), Magnitude()),
+    "mlp of a block": Rule("mlp", 0.5, Layer(), Magnitude()),
+    "4:8": Rule("encoder", 0.5, NM(4, 8), Magnitude()),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", SUBLAYERS)
+def test_sublayers_and_wider_patterns_are_cut_in_every_family_too(tmp_path: Path, what: str, family: str) -> None:
+    model = loud(tiny_model(family))
+    if family == "albert" and what != "4:8":
+        with pytest.raises(InputError, match="the blocks of albert share one set of weights"):
+            make_pruner(model, SUBLAYERS[what])
+        return
+    pruner = make_pruner(model, SUBLAYERS[what])
+    pruner.finish()
+    assert pruner.sparsity() == 0.5
+    assert_only_cut_weights_are_zero_after_a_round_trip(model, pruner, tmp_path)
+
+
+def assert_only_cut_weights_are_zero_after_a_round_trip(model: PreTrainedModel, pruner: Pruner, folder: Path) -> None:
+    model.save_pretrained(folder)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder)
     assert torch.equal(logits(reloaded), logits(model))
     cut = {
         slot.name: group.rule.structure.expand(~group.mask, slot.weight, slot.site)
@@ -58,5 +85,3 @@ def test_every_criterion_cuts_every_structure_of_every_family_or_is_refused_by_n
         if name in cut:
             # No other weight was a zero, so that one elsewhere would be a wrong cut.
             assert torch.equal(parameter == 0, cut[name].reshape(parameter.shape)), name
-    matrices = {name.removesuffix(".weight") for name in cut if name.endswith("weight")}
-    assert matrices <= find_family(family).linears(model).keys()

@@ -1,13 +1,17 @@
 """Targets by patterns of module paths: on families, on models without one, and on any module."""
 
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, TrainingArguments
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import Architecture, find_architecture
-from finllm_prune.pruning import Criterion, Cubic, Magnitude, Pruner, Rule
+from finllm_prune.pruning import Criterion, Cubic, Magnitude, Movement, Platon, Pruner, Rule, Taylor
+from finllm_prune.training import PruningTrainer, Recording
 from tests.conftest import tiny_model
 from tests.pruning.runs import make_structure
 
@@ -75,6 +79,42 @@ def test_any_module_is_pruned(structure: str, criterion: Criterion) -> None:
     for name, parameter in model.named_parameters():
         expected = 0.5 if name.endswith(("linear1.weight", "linear2.weight")) else 0.0
         assert float((parameter == 0).float().mean()) == expected, name
+
+
+@pytest.mark.parametrize("criterion", [Movement(), Taylor(), Platon()])
+def test_any_module_that_a_trainer_takes_is_pruned_recorded_and_resumed(tmp_path: Path, criterion: Criterion) -> None:
+    class Answering(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decode = nn.Linear(16, 20)  # a checkpoint of tied weights is transformers' business
+
+        def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(ids)
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    def start(name: str, checkpoint: str | None = None) -> PruningTrainer:
+        model = Answering()
+        pruner = Pruner(Architecture().groups(model, [Rule(r"linear\d", 0.5, criterion=criterion)]), Cubic())
+        arguments = TrainingArguments(
+            str(tmp_path / name), max_steps=12, per_device_train_batch_size=4, save_steps=6, disable_tqdm=True, use_cpu=True,
+            report_to="none", dataloader_pin_memory=False, resume_from_checkpoint=checkpoint,
+        )  # fmt: skip
+        return PruningTrainer(model, arguments, pruner=pruner, recording=Recording(), train_dataset=rows)
+
+    ids = torch.randint(0, 20, (48, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = datasets.Dataset.from_dict({"ids": ids, "labels": ids})
+    whole = start("whole")
+    whole.train()
+    for name, parameter in whole.model.named_parameters():
+        expected = 0.5 if name.endswith(("linear1.weight", "linear2.weight")) else 0.0
+        assert float((parameter == 0).float().mean()) == expected, name
+    assert whole.recorder is not None
+    assert whole.recorder.table().num_rows == 12 * 4
+    checkpoint = str(tmp_path / "whole" / "checkpoint-6")
+    resumed = start("resumed", checkpoint)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    state = resumed.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
 
 
 @pytest.mark.parametrize("structure", ["neuron", "head", "layer"])

@@ -247,8 +247,12 @@ class Board(TensorBoardCallback):
 
 def test_the_numbers_of_the_recorder_reach_a_logger_of_report_to(tmp_path: Path) -> None:
     board = Board()
-    run, _ = recorded(tmp_path, RULES["unstructured"], Recording(every=0.25), callbacks=[board], logging_steps=1)
+    run, recorder = recorded(tmp_path, RULES["unstructured"], Recording(0.25, True), callbacks=[board], logging_steps=1)
     run.train()
+    for row in recorder.table().to_pylist()[: 3 * len(recorder.pruner.groups)]:
+        layer = {name: row[name] for name in ("density", "churn", "regrown", "movement", "score_movement", "score_q50")}
+        told = {name: board.scalars[row["step"]].get(f"train/pruning/{row['layer']}/{name}") for name in layer}
+        assert told == layer
     names = ["density_min", "churn", "regrown", "movement", "score_median"]
     for step in (3, 6, 9):
         ours = {name: board.scalars[step][f"train/pruning/{name}"] for name in names}

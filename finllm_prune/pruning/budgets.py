@@ -190,6 +190,8 @@ class Global:
 class Sensitivity:
     """Each grid keeps what a dry pass, before training, shows that the loss needs (``finllm_prune.pruning.sensitivity``).
 
+    The dry pass cuts by magnitude, whatever the rule's criterion: most of these know nothing before training.
+
     Args:
         levels: the sparsities at which each grid is tried alone, ascending, between 0 and 1.
         rows: training rows on which the loss is measured.

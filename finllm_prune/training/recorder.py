@@ -57,9 +57,12 @@ class Recording:
 
     Args:
         every: a moment is recorded every this part of the run (and at its end), as the Trainer's ``logging_steps``.
+        layers: whether the Trainer's loggers are told of each layer too, as ``pruning/<layer>/density`` and so on; the table
+            has them anyway.
     """
 
     every: float = 0.02
+    layers: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.every <= 1:
@@ -180,6 +183,11 @@ class Recorder(TrainerCallback):
             moment.append({name: float(value) for name, value in row.items()})
         self.moments.append(moment)
         self._before, self._news = now, _summary(moment)
+        for group, row in zip(self.pruner.groups, moment, strict=True) if self.settings.layers else ():
+            logged = {
+                name: row[name] for name in ("density", "churn", "regrown", *_MEASURED) if not math.isnan(row[name])
+            }
+            self._news |= {f"pruning/{group.name}/{name}": value for name, value in logged.items()}
         for kind, sentence in self._watch().items():
             if kind not in self.warnings:
                 self.warnings[kind] = sentence

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from finllm_prune.errors import InputError
 from finllm_prune.pruning import (
     CRITERIA,
+    Block,
     Criterion,
     Cubic,
     Global,
@@ -20,6 +21,7 @@ from finllm_prune.pruning import (
     Site,
     Slot,
     SoftMovement,
+    Structure,
     Unstructured,
 )
 from finllm_prune.pruning.criteria import Step
@@ -150,13 +152,19 @@ def test_scores_fall_while_the_rule_is_too_dense_and_rise_while_it_is_too_sparse
     assert ((state["scores"] - before).sign() == sign).all()
 
 
-def test_soft_movement_follows_its_schedule_without_the_help_of_the_budget():
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize(
+    ("target", "structure"), [("encoder", Unstructured()), ("mlp", Neuron()), ("encoder", Block(8, 8))]
+)
+def test_soft_movement_follows_its_schedule_without_the_help_of_the_budget(
+    target: str, structure: Structure, sparsity: float
+):
     model = tiny_model(layers=1)
-    rule = Rule("encoder", 0.75, Unstructured(), SoftMovement(), Global())
+    rule = Rule(target, sparsity, structure, SoftMovement(), Global())
     pruner = make_pruner(model, rule, schedule=Cubic(0.05, 0.5, 0.9))
     train(model, pruner, make_optimizer(model), make_batches(120), range(107))
     assert not pruner.frozen
-    assert pruner.sparsity() == pytest.approx(0.75, abs=0.05)
+    assert pruner.sparsity() == pytest.approx(sparsity, abs=0.05)
 
 
 def test_the_cutoff_of_soft_movement_is_where_the_sigmoid_is_the_threshold():

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,11 +8,13 @@ from finllm_prune.pruning import (
     L1,
     L2,
     REGULARIZERS,
+    STRUCTURES,
     Block,
     Cubic,
     Group,
     GroupLasso,
     Magnitude,
+    Neuron,
     Pruner,
     Rule,
     Site,
@@ -58,18 +61,40 @@ def test_group_lasso_is_the_proximal_operator_of_the_units_norms():
             assert objective(x, w) <= objective(x + 0.1 * torch.randn(2, generator=generator), w) + 1e-6
 
 
+def test_group_lasso_shrinks_all_that_a_neuron_consists_of_by_its_norm():
+    """A row, its bias and a column, by the proximal operator of the joint norm."""
+    generator = np.random.default_rng(0)
+    first, bias, second = (generator.normal(size=size).astype(np.float32) for size in ((3, 4), (3, 1), (2, 3)))
+    sites = [Site("mlp.up", 0), Site("mlp.up", 0), Site("mlp.down", 1)]
+    slots = [
+        Slot(f"{site.path}.{number}", nn.Parameter(torch.tensor(values)), site)
+        for number, (values, site) in enumerate(zip((first, bias, second), sites, strict=True))
+    ]
+    regularizer, pull = GroupLasso(), 0.8
+    group = Group("mlp", Rule("mlp", 0.5, Neuron(), Magnitude(), regularizer=regularizer), slots)
+    with torch.no_grad():
+        regularizer.shrink(group, torch.tensor(pull))
+    units = np.concatenate([first, bias, second.T], axis=1)
+    norms = np.linalg.norm(units, axis=1, keepdims=True)
+    expected = units * np.maximum(0.0, 1.0 - pull * np.sqrt(7) / norms)
+    assert (expected == 0).any()
+    assert (expected != 0).any()
+    found = torch.cat([slots[0].parameter, slots[1].parameter, slots[2].parameter.T], dim=1).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_group_lasso_leaves_a_unit_of_zeros_finite():
     assert shrunk([[0.0, 0.0, 2.0, 2.0]], GroupLasso(), 0.5)[0] == pytest.approx([0.0, 0.0, 1.5, 1.5])
     assert shrunk([[0.0, 0.0, 2.0, 2.0]], GroupLasso(), 0.0)[0] == pytest.approx([0.0, 0.0, 2.0, 2.0])
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)
-@pytest.mark.parametrize("structure", ["unstructured", "block", "neuron", "head"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_run_with_a_penalty_ends_with_smaller_weights_and_the_same_sparsity(structure: str, name: str):
     norms = []
     for regularizer in (None, REGULARIZERS[name](strength=0.02)):
         cut = make_structure(structure)
-        model = tiny_model(layers=1)
+        model = tiny_model(layers=2)
         rule = Rule(cut.couples or "encoder", 0.5, cut, Magnitude(), regularizer=regularizer)
         pruner = make_pruner(model, rule)
         train(model, pruner, make_optimizer(model), make_batches(8))

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import SCHEDULES, Constant, Cubic, Linear, Schedule
+from finllm_prune.pruning import SCHEDULES, Constant, Cubic, Cyclic, Exponential, Linear, Schedule
 
 fractions = st.floats(0.0, 1.0)
 
@@ -55,6 +55,37 @@ def test_a_gradual_schedule_starts_from_zero_at_begin(schedule: Schedule):
 )
 def test_half_way_the_part_due_is_that_of_the_formula(schedule: Schedule, half: float):
     assert schedule.fraction(0.4) == pytest.approx(half)
+
+
+@given(x=fractions, rate=st.floats(0.1, 20.0))
+def test_the_exponential_ramp_is_its_formula(x: float, rate: float):
+    expected = (1.0 - math.exp(-rate * x)) / (1.0 - math.exp(-rate))
+    assert Exponential(0.2, 0.6, 1.0, rate=rate).fraction(0.2 + 0.4 * x) == pytest.approx(expected, abs=1e-9)
+
+
+@given(number=st.integers(0, 3), into=fractions)
+def test_each_round_of_the_cyclic_ramp_cuts_first_and_stands_still_for_the_rest(number: int, into: float):
+    """Four rounds from 0.2 to 0.6, a quarter of each at rest: cubic stairs."""
+    schedule = Cyclic(0.2, 0.6, 1.0, rounds=4, recover=0.25)
+    stair = (number + min(1.0, into / 0.75)) / 4
+    found = schedule.fraction(min(0.6, 0.2 + 0.1 * (number + 0.999 * into)))
+    assert found == pytest.approx(1.0 - (1.0 - stair) ** 3, abs=2e-3)
+    rest = [schedule.fraction(0.2 + 0.1 * (number + part)) for part in (0.76, 0.9, 0.99)]
+    assert rest == pytest.approx([1.0 - (1.0 - (number + 1) / 4) ** 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "knobs", "message"),
+    [
+        (Exponential, {"rate": 0.0}, "rate must be above 0"),
+        (Exponential, {"rate": math.inf}, "rate must be above 0"),
+        (Cyclic, {"rounds": 0}, "rounds must be at least 1 and recover at least 0 and below 1, not 0"),
+        (Cyclic, {"recover": 1.0}, r"not 4 and 1\.0"),
+    ],
+)
+def test_a_knob_out_of_range_is_refused(schedule: type[Schedule], knobs: dict[str, float], message: str):
+    with pytest.raises(InputError, match=message):
+        schedule(**knobs)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

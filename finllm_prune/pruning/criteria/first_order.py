@@ -59,7 +59,10 @@ class _RunningMean(Criterion):
 
 @dataclass(frozen=True)
 class Gradient(_RunningMean):
-    """The running mean of ``|g|``, summed over the weights of a unit."""
+    """The running mean of ``|g|``, summed over the weights of a unit: where the loss would change most at once.
+
+    As RigL grows by it (Evci et al. 2020, https://arxiv.org/abs/1911.11134); alone it knows nothing of a weight's size.
+    """
 
     def importance(self, group: "Group") -> Tensor:
         return group.sum(lambda slot: gradient(slot).abs())
@@ -122,7 +125,9 @@ class Variance(Criterion):
 
     A weight that stands still is well known, one that swings is noise (Graves 2011, "Practical variational inference for
     neural networks", prunes by the signal-to-noise ratio of a weight); the same is asked of the importance ``|sum(g * w)|``.
-    Variances are exponentially weighted (West 1979): ``v <- decay * (v + (1 - decay) * (x - mean)^2)``.
+    Variances are exponentially weighted (West 1979): ``v <- decay * (v + (1 - decay) * (x - mean)^2)``. A unit of many
+    weights has no sign, so norms and absolute values are taken, of single weights too: one that swings through zero counts by
+    how far it swings.
 
     Args:
         decay: of all four running values.

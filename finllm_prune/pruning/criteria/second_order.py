@@ -102,19 +102,26 @@ class SecondOrder(Criterion):
         The others move to where the loss is least without it, and the inverse becomes that of F without its row and column;
         so the order does not matter.
         """
-        least = torch.finfo(torch.float32).eps / self.damp  # below, nothing but rounding is left of the first 1 / damp
         turns = out.cumsum(1) * out
         for turn in range(1, int(turns.max()) + 1):
             blocks, places = turns.eq(turn).nonzero(as_tuple=True)
             rows = inverse[blocks, places]
-            ratios = rows / rows.gather(1, places[:, None]).clamp_min(least)
+            others = inverse.diagonal(dim1=1, dim2=2)[blocks].clamp_min(self._least)
+            # An element's square is at most the product of the two on the diagonal that it belongs to, but for rounding.
+            pivots = torch.maximum((rows.square() / others).amax(1), others.gather(1, places[:, None]).squeeze(1))
+            ratios = rows / pivots[:, None]
             values.index_add_(0, blocks, -values[blocks, places, None] * ratios)
             inverse.index_add_(0, blocks, -rows.unsqueeze(2) * ratios.unsqueeze(1))
             inverse[blocks, places] = 0.0
             inverse[blocks, :, places] = 0.0
 
     def _diagonal(self, state: State) -> Tensor:
-        return state["inverse"].diagonal(dim1=1, dim2=2).clamp_min(1e-30)
+        return state["inverse"].diagonal(dim1=1, dim2=2).clamp_min(self._least)
+
+    @property
+    def _least(self) -> float:
+        """Below this nothing but rounding is left of the first ``1 / damp``."""
+        return torch.finfo(torch.float32).eps / self.damp
 
     def _blocks(self, values: Tensor) -> Tensor:
         flat = values.reshape(-1)
