@@ -122,7 +122,7 @@ class Protocol:
             data_collator=ready.recipe.task.collator(ready.tokenizer), **({"train_dataset": ready.tokens["train"]} | parts),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        trainer.go_on()
         return trainer
 
     def _arguments(self, ready: Prepared, changes: dict[str, Any]) -> TrainingArguments:
