@@ -75,6 +75,8 @@ class Recorder(TrainerCallback):
     The state beside each checkpoint makes the table of a resumed run gapless. The recorder must come before the callback that
     carries the Pruner's steps: that a checkpoint is complete is told by the Pruner's file, so this one has to lie there first.
 
+    What recovery does on the small model is not recorded: no mask changes there.
+
     Attributes:
         moments: per moment, one row of numbers per group of the Pruner, in its order; NaN where nothing can be measured.
             Where the masks are filled, the groups are others from the freeze on, and so are the rows.
