@@ -99,7 +99,11 @@ def test_what_the_task_cannot_do_is_refused_by_its_key(settings: dict[str, Any],
     [
         ("<p>Item&nbsp;1A.</p><div>Risk&#160;Factors</div>", "Item 1A. Risk Factors"),
         ("M<b>arket</b> Risk &amp; more", "Market Risk & more"),
-        ("<table><tr><td>Net sales</td><td>412</td></tr><tr><td>Loss</td></tr></table>", "Net sales 412 Loss"),
+        (
+            "All\n of it:<table><tr><td>Net\n sales</td><td>412</td></tr><tr><td>Loss</td></tr></table><p>Of the year.",
+            "All of it:\nNet sales 412\nLoss\nOf the year.",
+        ),
+        ("<table><tr><td>cut <tr><td>off", "cut\noff"),
         ("of $<ix:nonFraction scale='6'>1,234</ix:nonFraction> million", "of $1,234 million"),
         ("<style>p {color: red}</style>Shown<script>var x = 'hidden';</script>", "Shown"),
         ("<ix:header><p>context</p></ix:header><p>Body", "Body"),

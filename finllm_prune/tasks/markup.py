@@ -7,20 +7,22 @@ _UNSEEN = ("head", "script", "style", "ix:header")
 
 
 def plain_text(text: str) -> str:
-    """What a reader sees, in one line: tags and entities resolved, scripts and hidden headers left out, white space single.
+    """What a reader sees: tags and entities resolved, scripts and hidden headers left out, white space single.
 
-    Text without markup loses nothing but its white space; a table becomes its cells in reading order.
+    It is one line, but each row of a table has a line of its own, with its cells in reading order. Text without markup loses
+    nothing but its white space.
     """
     reader = _Reader(convert_charrefs=True)
     reader.feed(text)
     reader.close()
-    return " ".join("".join(reader.seen).split())
+    lines = (" ".join("".join(parts).split()) for parts in reader.lines)
+    return "\n".join(line for line in lines if line)
 
 
 class _Reader(HTMLParser):
     def __init__(self, convert_charrefs: bool):
         super().__init__(convert_charrefs=convert_charrefs)
-        self.seen: list[str] = []
+        self.lines: list[list[str]] = [[]]
         self.unseen = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -36,9 +38,11 @@ class _Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self.unseen:
-            self.seen.append(data)
+            self.lines[-1].append(data)
 
     def _part(self, tag: str) -> None:
         """A paragraph or a cell ends a word, a change of the font within it does not; iXBRL tags wrap single figures."""
-        if tag not in _INLINE and not tag.startswith("ix:"):
-            self.seen.append(" ")
+        if tag == "tr":
+            self.lines.append([])
+        elif tag not in _INLINE and not tag.startswith("ix:"):
+            self.lines[-1].append(" ")
