@@ -34,6 +34,7 @@ from finllm_prune.prepare import Prepared, engine_of
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.staging import publish
+from finllm_prune.tasks import BAD_ROWS
 from finllm_prune.training import RECORD_FILE, Recorder
 from finllm_prune.workfolder import close_work
 
@@ -85,6 +86,8 @@ def conclude(
     report.save(work / "report.json")
     if evidence is not None and evidence.changed is not None:
         (work / FLIPS).write_text(json.dumps(evidence.changed, indent=2) + "\n")
+    if bad := ready.examples.left_out:
+        (work / BAD_ROWS).write_text("".join(json.dumps(row) + "\n" for row in bad))
     draw(report.layers, report.history, work / "plots")
     if recorder is not None:
         recorder.save(work / RECORD_FILE)

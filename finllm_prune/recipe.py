@@ -230,14 +230,10 @@ def parse(data: dict[str, Any]) -> Recipe:
 
 def _task(data: dict[str, Any], columns: list[str]) -> Task:
     """A task that keeps these columns beside its texts."""
-    cls, settings = find_task(data["name"]), {key: value for key, value in data.items() if key != "name"}
-    if columns and "keep_columns" not in {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]
-        raise InputError(
-            f"evidence: task {data['name']} keeps no columns, so nothing is divided by {columns[0]}; remove it"
-        )
+    settings = {key: value for key, value in data.items() if key != "name"}
     if columns:
         settings["keep_columns"] = list(dict.fromkeys([*settings.get("keep_columns", []), *columns]))
-    return build(cls, settings, "task")
+    return build(find_task(data["name"]), settings, "task")
 
 
 def _evidence(data: Any, task: type[Task]) -> Questions | None:

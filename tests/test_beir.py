@@ -78,6 +78,9 @@ def test_a_broken_row_is_named_or_counted(
     assert "task.bad_rows: skip" in str(refused.value)
     data = read_beir(str(folder), tmp_path, "skip")
     assert data.bad_rows == {file.removesuffix(".jsonl").removesuffix(".tsv"): {kind: 1}}
+    assert [(Path(row["file"]).name, row["line"], row["kind"]) for row in data.left_out] == [
+        (Path(file).name, number, kind)
+    ]
     assert (len(data.passages), len(data.queries)) == (48, 36)
     assert data.passages["goodwill0"].startswith("goodwill the goodwill")
     assert data.judged["test"]["q-lease2"] == {"lease0": 2, "lease1": 1}
@@ -96,6 +99,15 @@ def test_judgements_of_a_passage_that_is_skipped_are_counted_too(tmp_path: Path)
     more = {"corpus.jsonl": ['{"_id": "void", "text": ""}'], "qrels/train.tsv": ["q-goodwill0\tvoid\t1"]}
     data = read_beir(str(write_set(tmp_path / "set", more)), tmp_path, "skip")
     assert data.bad_rows == {"corpus": {"no text": 1}, "qrels/train": {"unknown passage": 1}}
+
+
+def test_queries_without_anything_relevant_are_counted(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", {"queries.jsonl": ['{"_id": "vain", "text": "what of nothing"}']})
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.write("vain\tlease0\t0\nvain\tlease1\t-1\n")
+    data = read_beir(str(folder), tmp_path, "refuse")
+    assert (data.bad_rows, data.left_out, data.unanswerable) == ({}, [], {"test": 1})
+    assert "vain" not in data.judged["test"]
 
 
 def test_a_repository_in_another_layout_is_refused(tmp_path: Path) -> None:

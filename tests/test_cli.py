@@ -124,6 +124,23 @@ def test_a_run_writes_a_complete_output(finished: Path) -> None:
     assert "nothing was found" in card or figures["warnings"]
 
 
+def test_rows_that_a_run_left_out_lie_beside_its_report(call: Call, home: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(home / "data", tmp_path / "data")
+    small.write_jsonl(
+        data / "test.jsonl", [*small.rows("test"), *({"text": " ", "label": "neutral"} for _ in range(7))]
+    )
+    asked = [f"task.dataset={data}", "task.bad_rows=skip", f"output={tmp_path / 'out'}", "evidence=false"]
+    assert call("run", home / "mine.yaml", *asked) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    begin = len(small.rows("test")) + 1
+    assert lines == [
+        {"file": str(data / "test.jsonl"), "split": "test", "kind": "no text", "line": begin + i} for i in range(7)
+    ]
+    figures = report(tmp_path / "out")
+    assert figures["data"]["bad_rows"] == {"test": {"no text": 7}}
+    assert not any("left_out" in key for key in figures["data"]), "the report counts, the file names"
+
+
 def test_evaluate_measures_a_model(
     call: Call, home: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

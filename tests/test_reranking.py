@@ -15,6 +15,7 @@ from finllm_prune.inference import answer, logits_of
 from finllm_prune.judges import RankingJudge
 from finllm_prune.recipe import Recipe
 from finllm_prune.settings import build
+from finllm_prune.tasks import KEPT
 from finllm_prune.tasks.reranking import Reranking
 from finllm_prune.training import Distillation, Teacher, with_teacher_logits
 from finllm_prune.training.logit_losses import margin_mse
@@ -161,6 +162,40 @@ def test_a_sample_copies_and_a_missing_validation_split(tmp_path: Path) -> None:
     assert len(examples.splits["test"]) == 16
     assert not set(examples.judged["train"]) & set(examples.judged["validation"])
     assert examples.facts["leakage"]["test in train"]["exact"] == 0
+
+
+def test_queries_that_teach_or_tell_nothing_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    more = {"queries.jsonl": [json.dumps({"_id": name, "text": "zebra"}) for name in ("alone", "vain")]}
+    more |= {"qrels/train.tsv": ["alone\tlease0\t1"], "qrels/test.tsv": ["vain\tlease0\t0"]}
+    examples = Reranking(str(write_set(tmp_path / "set", more)), candidates=4).load()
+    assert examples.facts["bad_rows"] == {}
+    assert examples.facts["queries_left_out"] == {
+        "test": {"no relevant passage": 1},
+        "train": {"no candidate that is not relevant": 1},
+    }
+    assert examples.facts["queries"]["train"] == 13
+    assert "queries of test are left out: 1 with no relevant passage." in caplog.text
+
+
+def test_columns_of_queries_stay_beside_their_pairs(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    lines = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    told = [row | {"sector": TOPICS[i // 3], "year": 2000 + i} for i, row in enumerate(lines)]
+    told[2]["sector"] = 7  # of q-goodwill2
+    del told[5]["year"]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    plain = Reranking(str(folder), candidates=4).load()
+    kept = Reranking(str(folder), candidates=4, keep_columns=["sector", "year"]).load()
+    assert kept.fingerprint() == plain.fingerprint()
+    rows = kept.splits["test"]
+    sectors = dict(zip(rows["text"], rows[f"{KEPT}sector"], strict=True))
+    assert sectors["which rule holds for the lease"] == "lease"
+    assert sectors["which rule holds for the goodwill"] == "7", "a column is of numbers or of texts"
+    assert rows[f"{KEPT}year"][:5] == [2002] * 4 + [None]
+    with pytest.raises(
+        InputError, match=r"^task\.keep_columns: queries of the local folder set have no column 'branch'"
+    ):
+        Reranking(str(folder), keep_columns=["branch"]).load()
 
 
 def test_given_candidates_are_ranked_and_where_there_are_none_bm25_finds_them(tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path: Path, caplog: pytest.
     ):
         assert f"train.jsonl, line {line}, {what}" in record.message
     assert "line 9, has the id 0 in column 'id' a second time; and 1 more." in record.message
+    assert [(Path(row["file"]).name, row["split"], row["line"], row["kind"]) for row in examples.left_out] == [
+        ("train.jsonl", "train", 2, "unreadable"),
+        ("train.jsonl", "train", 5, "unreadable"),
+        ("train.jsonl", "train", 4, "no text"),
+        ("train.jsonl", "train", 8, "unknown label"),
+        ("train.jsonl", "train", 9, "duplicate id"),
+        ("test.jsonl", "test", 1, "no text"),
+    ]
 
 
 def test_rows_without_an_id_are_not_copies_of_each_other(tmp_path: Path) -> None:

@@ -21,14 +21,15 @@ from finllm_prune.checkpoints.manifest import MANIFEST, REPORT, of_oneshot, read
 from finllm_prune.errors import InputError
 from finllm_prune.settings import parse_yaml
 from finllm_prune.staging import UNFINISHED
+from finllm_prune.tasks import BAD_ROWS
 
 # The first that there is. Code is looked for at the root alone.
 _AT_THE_ROOT = ("compact", "masked", "ragged-remote", "ragged", "packed", "packed-int8", "onnx", "onnx-int8")
 _CARD, _RECIPE, _PLOTS = "README.md", "recipe.yaml", "plots"
 _GOES = {_CARD, _RECIPE, "LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md"}
 # Known, but nobody needs it there: the baseline, the parts of a merged model, the figures of each step, what may
-# quote texts, and what the card tells.
-_STAYS = {"dense", "lora", "runs", "recorder.parquet", "report.html", "flips.json", "governance.yaml", REPORT}
+# quote texts or tells of files here, and what the card tells.
+_STAYS = {"dense", "lora", "runs", "recorder.parquet", "report.html", "flips.json", "governance.yaml", BAD_ROWS, REPORT}
 _MID_RUN = re.compile(
     r"checkpoints|checkpoint-\d+|(optimizer|scheduler|scaler|rng_state|trainer_state|training_args)\b.*"
 )

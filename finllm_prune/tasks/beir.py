@@ -13,7 +13,7 @@ import datasets
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.splitting import SPLITS
-from finllm_prune.tasks.task import of_hub
+from finllm_prune.tasks.task import of_hub, refuse_hub_keys
 
 # What a split is called where: the first name that is there is taken.
 _NAMES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
@@ -31,16 +31,22 @@ class Retrieval:
         passages, queries: id -> text; a passage's title stands before its text.
         judged: split -> query id -> passage id -> relevance, 0 or more.
         candidates: split -> query id -> passage ids, best first, where a first stage was given.
+        columns: query id -> its row as it came, with whatever columns the data has.
         source: where the rows come from, in words.
         bad_rows: file -> what is wrong -> rows left out.
+        left_out: each of these rows; see ``BadRows.left_out``.
+        unanswerable: split -> queries left out because nothing is relevant to them, where there are some.
     """
 
     passages: dict[str, str]
     queries: dict[str, str]
     judged: dict[str, Judged]
     candidates: dict[str, Pools]
+    columns: dict[str, dict[str, Any]]
     source: str
     bad_rows: dict[str, dict[str, int]]
+    left_out: list[dict[str, Any]]
+    unanswerable: dict[str, int]
 
     def of(self, queries: dict[str, set[str]]) -> "Retrieval":
         """With these queries of each split alone."""
@@ -56,24 +62,29 @@ class Table(NamedTuple):
     lines: list[int] | None = None
 
 
-def read_beir(dataset: str, builtin: Path, choice: Choice) -> Retrieval:
+def read_beir(
+    dataset: str, builtin: Path, choice: Choice, config: str | None = None, revision: str | None = None
+) -> Retrieval:
     """``builtin``, a local folder or a Hub id.
 
     A folder holds ``corpus.jsonl`` and ``queries.jsonl`` (each may be .gz), ``qrels/{train,validation or dev,test}.tsv``, and
     maybe ``candidates/<split>.tsv`` of another first stage: query id, passage id, best first. On the Hub both
     ``BeIR/fiqa`` (with ``BeIR/fiqa-qrels``) and ``mteb/fiqa`` (configs corpus, queries and default) are read, and folders
-    into which such a repository was downloaded.
+    into which such a repository was downloaded. ``config`` and ``revision`` are of a Hub id: a part that has the configs
+    ``<config>-corpus``, ``<config>-queries`` and ``<config>-qrels``; a branch or commit.
 
     Raises:
         InputError: something is not there, or a row is bad and bad rows are refused.
     """
+    refuse_hub_keys(dataset, config, revision)
     if dataset == "builtin":
         tables, source = _folder(builtin), "the questions and passages that finllm-prune embeds"
     elif (folder := Path(dataset)).is_dir():
         is_copy = not any(folder.glob("corpus.jsonl*")) and (folder / "README.md").is_file()
         tables, source = _hub(dataset) if is_copy else _folder(folder), f"the local folder {folder.name}"
     else:
-        tables, source = _hub(dataset), f"{dataset} of the Hugging Face Hub"
+        named = " ".join(part for part in (dataset, config, revision and f"at {revision}") if part)
+        tables, source = _hub(dataset, config, revision), f"{named} of the Hugging Face Hub"
     if "qrels/test" not in tables:
         raise InputError(f"task.dataset: {source} has no test split of its judgements (qrels/test.tsv); add one")
     return _checked(tables, source, choice)
@@ -94,8 +105,13 @@ def _checked(tables: dict[str, Table], source: str, choice: Choice) -> Retrieval
         elif kind == "candidates":
             candidates[split] = _pools(table.rows, name, bad, passages, queries)
     counts = bad.settle(choice)
-    judged = {split: _answerable(judged[split], tables[f"qrels/{split}"]) for split in SPLITS if split in judged}
-    return Retrieval(passages, queries, judged, candidates, source, counts)
+    answerable = {split: _answerable(judged[split], tables[f"qrels/{split}"]) for split in SPLITS if split in judged}
+    rows = [row for row in reversed(tables["queries"].rows) if isinstance(row, dict)]  # the first row of an id is taken
+    columns = {str(row.get("_id", row.get("id"))): row for row in rows}
+    return Retrieval(
+        passages, queries, answerable, candidates, columns, source, counts, bad.left_out(),
+        {split: lost for split, kept in answerable.items() if (lost := len(judged[split]) - len(kept))},
+    )  # fmt: skip
 
 
 def _texts(rows: Sequence[Any], name: str, bad: BadRows) -> dict[str, str]:
@@ -220,20 +236,27 @@ def _without_header(table: Table) -> Table:
     return Table(table.path, table.rows[1:], table.lines[1:]) if has_header else table
 
 
-def _hub(name: str) -> dict[str, Table]:
+def _hub(name: str, part: str | None = None, revision: str | None = None) -> dict[str, Table]:
     """The two layouts that are usual there."""
-    configs = of_hub(name, lambda: datasets.get_dataset_config_names(name))
-    if missing := [config for config in ("corpus", "queries") if config not in configs]:
+    configs = of_hub(name, lambda: datasets.get_dataset_config_names(name, revision=revision))
+    begin = "" if part is None else f"{part}-"
+    if missing := [config for config in (f"{begin}corpus", f"{begin}queries") if config not in configs]:
         raise InputError(
             f"task.dataset: {name} has the configs {', '.join(configs)} and not {missing[0]}, so it is not in BEIR's "
             "layout; name another, or a local folder"
         )
     tables = {}
     for config in ("corpus", "queries"):
-        splits = of_hub(name, partial(datasets.load_dataset, name, config))
+        splits = of_hub(name, partial(datasets.load_dataset, name, f"{begin}{config}", revision=revision))
         tables[config] = Table(Path(name), [row for rows in splits.values() for row in rows])
-    own = next((config for config in ("default", "qrels") if config in configs), None)
-    judged = of_hub(name, lambda: datasets.load_dataset(*([name, own] if own else [f"{name}-qrels"])))
+    own = next((config for config in (part or "default", f"{begin}qrels") if config in configs), None)
+    if own is None and revision is not None:
+        raise InputError(
+            f"task.revision: the judgements of {name} lie in {name}-qrels, whose commits are others; name a set that holds its "
+            "own (as mteb/fiqa), or download both and name the folder"
+        )
+    place, options = (f"{name}-qrels", {}) if own is None else (name, {"name": own, "revision": revision})
+    judged = of_hub(name, lambda: datasets.load_dataset(place, **options))
     for split, names in _NAMES.items():
         for found in [each for each in names if each in judged][:1]:
             columns = [list(judged[found][column]) for column in ("query-id", "corpus-id", "score")]

@@ -136,7 +136,7 @@ class Classification:
         facts["leakage"] = leakage(splits)
         if self.scores is not None:
             facts["scores"] = {name: _summary(list(rows["label"])) for name, rows in splits.items()}
-        return Examples(splits, labels, source, facts)
+        return Examples(splits, labels, source, facts, bad.left_out())
 
     def loss(self, examples: Examples) -> Loss | None:
         """That of scores or label sets; of classes one weighted or focal, where that is asked for."""

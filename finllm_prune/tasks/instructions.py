@@ -88,7 +88,7 @@ class Instructions(Classification):
             name: rewritten(rows, complete if name == "train" else choose) for name, rows in examples.splits.items()
         }
         facts = examples.facts | {"template": self._asked}
-        return InstructionExamples(splits, ["completion"], examples.source, facts, choices)
+        return InstructionExamples(splits, ["completion"], examples.source, facts, examples.left_out, choices)
 
     def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
         """It writes prompts as they were learned, and can pad."""

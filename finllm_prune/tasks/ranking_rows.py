@@ -15,7 +15,7 @@ from finllm_prune.judges import RankingJudge
 from finllm_prune.tasks.beir import Judged, Pools, Retrieval
 from finllm_prune.tasks.candidates import Listed
 from finllm_prune.tasks.splitting import SPLITS
-from finllm_prune.tasks.task import Examples
+from finllm_prune.tasks.task import KEPT, Examples
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RankingExamples(Examples):
         """sha256 over all rows of all splits, in order."""
         digest = hashlib.sha256()
         for name, rows in self.splits.items():
-            for row in rows:
+            for row in rows.remove_columns([column for column in rows.column_names if column.startswith(KEPT)]):
                 digest.update(json.dumps([name, *row.values()]).encode())
         return digest.hexdigest()
 
@@ -113,8 +113,11 @@ def list_rows(data: Retrieval, lists: Sequence[Listed]) -> datasets.Dataset:
     })  # fmt: skip
 
 
-def pair_rows(data: Retrieval, split: str, pools: Pools) -> datasets.Dataset:
-    """A row for each candidate of each query: ``text`` (the query), ``pair`` (the passage), ``label`` (its relevance)."""
+def pair_rows(data: Retrieval, split: str, pools: Pools, keep: Sequence[str] = ()) -> datasets.Dataset:
+    """A row for each candidate of each query: ``text`` (the query), ``pair`` (the passage), ``label`` (its relevance).
+
+    Columns of the query that are to ``keep`` lie beside.
+    """
     judged = data.judged[split]
     pairs = [(query, passage) for query in judged for passage in pools.get(query, ())]
     if not pairs:
@@ -125,7 +128,20 @@ def pair_rows(data: Retrieval, split: str, pools: Pools) -> datasets.Dataset:
         "text": [data.queries[query] for query, _ in pairs],
         "pair": [data.passages[passage] for _, passage in pairs],
         "label": [judged[query].get(passage, 0) for query, passage in pairs],
+        **{f"{KEPT}{name}": _kept(data, name, [query for query, _ in pairs]) for name in keep},
     })  # fmt: skip
+
+
+def _kept(data: Retrieval, column: str, queries: Sequence[str]) -> list[Any]:
+    """A column of these queries: numbers, or texts; None where a query has none."""
+    known = list(dict.fromkeys(name for row in data.columns.values() for name in row))
+    if column not in known:
+        raise InputError(
+            f"task.keep_columns: queries of {data.source} have no column '{column}' but {', '.join(known)}; name one of these"
+        )
+    values = [data.columns[query].get(column) for query in queries]
+    numbers = all(value is None or isinstance(value, int | float) for value in values)
+    return values if numbers else [None if value is None else str(value) for value in values]
 
 
 def first_stage(judged: Judged, pools: Pools) -> dict[str, float]:

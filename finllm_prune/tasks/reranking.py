@@ -1,5 +1,6 @@
 """Reranking: a query and a passage, read together, get one score, which puts what a first stage found into a better order."""
 
+import logging
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, ClassVar
@@ -33,6 +34,8 @@ from finllm_prune.tasks.splitting import leakage, without_copies
 from finllm_prune.tasks.task import BUILTIN, Examples, Loss
 from finllm_prune.tasks.yes_no import OneOutput, Prompt, asked, asks_pairs
 
+logger = logging.getLogger(__name__)
+
 _NO_PASSAGE = -100  # the label that fills a short list up
 
 
@@ -52,6 +55,8 @@ class Reranking:
         train_rows, test_rows: train or test on a fixed random sample of this many queries; None takes all.
         deduplicate: drop queries that come again in a later split, but for case, spaces, digits and punctuation.
         bad_rows: ``refuse`` data with a broken row, or ``skip`` such rows, counted.
+        config, revision: of a Hub id: which part of it, at which branch or commit; None takes its main ones.
+        keep_columns: columns of the queries that stay beside them, for the slices of a suite.
         prompt: how a causal language model is asked. Other models are not asked, unless this is given.
     """
 
@@ -70,6 +75,9 @@ class Reranking:
     test_rows: int | None = None
     deduplicate: bool = False
     bad_rows: Choice = "refuse"
+    config: str | None = None
+    revision: str | None = None
+    keep_columns: list[str] = field(default_factory=list)
     prompt: Prompt | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +94,8 @@ class Reranking:
         return OneOutput(self.prompt or Prompt())
 
     def load(self) -> RankingExamples:
-        data = read_beir(self.dataset, BUILTIN / "reranking", self.bad_rows)
+        data = read_beir(self.dataset, BUILTIN / "reranking", self.bad_rows, self.config, self.revision)
+        lost = {split: {"no relevant passage": count} for split, count in data.unanswerable.items()}
         data = completed(data, train=self.train_rows, test=self.test_rows)
         facts: dict[str, Any] = {"bad_rows": data.bad_rows}
         queries = query_rows(data)
@@ -96,14 +105,22 @@ class Reranking:
         facts |= {"leakage": leakage(queries)} | facts_of(data)
         pools, name = self._pools(data)
         splits: dict[str, datasets.Dataset] = {
-            split: pair_rows(data, split, pools[split]) for split in ("validation", "test") if split in data.judged
+            split: pair_rows(data, split, pools[split], self.keep_columns)
+            for split in ("validation", "test")
+            if split in data.judged
         }
         facts["first_stage"] = {"name": name, "candidates": self.candidates}
         facts["first_stage"] |= {split: first_stage(data.judged[split], pools[split]) for split in splits}
         if "train" in data.judged:
             lists = training_lists(data.judged["train"], pools["train"], data.passages, self.positives, self.negatives)
             splits = {"train": list_rows(data, lists)} | splits
-        return RankingExamples(splits, ["relevance"], data.source, facts, data.judged, pools)
+            if alone := len(data.judged["train"]) - len({each.query for each in lists}):
+                lost["train"] = lost.get("train", {}) | {"no candidate that is not relevant": alone}
+        facts["queries_left_out"] = lost
+        for split, whys in lost.items():
+            told = ", ".join(f"{count} with {why}" for why, count in whys.items())
+            logger.warning("task.dataset: queries of %s are left out: %s.", split, told)
+        return RankingExamples(splits, ["relevance"], data.source, facts, data.left_out, data.judged, pools)
 
     def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
         """CrossEncoder reads from it how long pairs may be and how they are put into words."""

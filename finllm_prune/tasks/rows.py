@@ -8,13 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from finllm_prune.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 Choice = Literal["refuse", "skip"]
+BAD_ROWS = "bad_rows.jsonl"  # beside a run's report: each row that was left out, for whoever mends the data
 _NAMED = 5  # skipped rows that a warning names
 _REMEDY = "mend it, or leave such rows out by task.bad_rows: skip"
 
@@ -45,7 +46,7 @@ class BadRows:
         self.files = files
         self.sizes = sizes
         self.unreadable = unreadable or {}
-        self.lines = lines or {}
+        self.lines = dict(lines or {})
         self.found: dict[tuple[str, int], Fault] = {}
 
     def add(self, split: str, row: int, kind: str, predicate: str) -> None:
@@ -58,21 +59,32 @@ class BadRows:
         Raises:
             InputError: rows are to be refused, and one is bad; it names the first and the count.
         """
-        faults = sorted(self.found.values(), key=lambda fault: (list(self.files).index(fault.split), fault.row))
+        faults = self._sorted()
         if faults and choice == "refuse":
             count = f" (the first of {len(faults)} bad rows)" if len(faults) > 1 else ""
             raise InputError(f"{self.places(faults[:1])[0]} {faults[0].predicate}{count}; {_REMEDY}")
-        counts = {split: Counter(fault.kind for fault in faults if fault.split == split) for split in self.files}
-        for split, lines in self.unreadable.items():
-            counts[split]["unreadable"] += len(lines)
-        if total := sum(counter.total() for counter in counts.values()):
+        if left_out := self.left_out():
             bad = [(self.files[split], line) for split, lines in self.unreadable.items() for line in lines]
             named = [f"{path}, line {line}, is unreadable" for path, line in bad[:_NAMED]]
             first = faults[: _NAMED - len(named)]
             named += [f"{place} {fault.predicate}" for place, fault in zip(self.places(first), first, strict=True)]
-            rest = f"; and {total - len(named)} more" if total > len(named) else ""
-            logger.warning("task.bad_rows: %d rows are left out: %s%s.", total, "; ".join(named), rest)
+            rest = f"; and {len(left_out) - len(named)} more" if len(left_out) > len(named) else ""
+            logger.warning("task.bad_rows: %d rows are left out: %s%s.", len(left_out), "; ".join(named), rest)
+        counts = {split: Counter(row["kind"] for row in left_out if row["split"] == split) for split in self.files}
         return {split: dict(counter) for split, counter in counts.items() if counter}
+
+    def left_out(self) -> list[dict[str, Any]]:
+        """Of each bad row ``file``, ``split``, ``kind``, and its ``line`` or, where that is not known, its ``row``."""
+        rows: list[dict[str, Any]] = [
+            {"file": str(self.files[split]), "split": split, "kind": "unreadable", "line": line}
+            for split, lines in self.unreadable.items()
+            for line in lines
+        ]
+        for fault in self._sorted():
+            line = self._line(fault)
+            place = {"row": fault.row} if line is None else {"line": line}
+            rows.append({"file": str(self.files[fault.split]), "split": fault.split, "kind": fault.kind, **place})
+        return rows
 
     def good(self, split: str) -> list[int]:
         """The rows of a split that are not bad."""
@@ -82,11 +94,19 @@ class BadRows:
         """Where rows lie: file and line; or split and row, where lines and rows do not go together."""
         named = []
         for fault in faults:
-            path = self.files[fault.split]
-            lines = self.lines.get(fault.split) or first_lines(path, set(self.unreadable.get(fault.split, [])))
-            line = lines[fault.row] if len(lines) == self.sizes[fault.split] else None
+            path, line = self.files[fault.split], self._line(fault)
             named.append(f"{path}, split {fault.split}, row {fault.row}," if line is None else f"{path}, line {line},")
         return named
+
+    def _sorted(self) -> list[Fault]:
+        return sorted(self.found.values(), key=lambda fault: (list(self.files).index(fault.split), fault.row))
+
+    def _line(self, fault: Fault) -> int | None:
+        split = fault.split
+        if split not in self.lines:  # a file is gone through once, however much is wrong in it
+            self.lines[split] = first_lines(self.files[split], set(self.unreadable.get(split, [])))
+        lines = self.lines[split]
+        return lines[fault.row] if len(lines) == self.sizes[split] else None
 
 
 def first_lines(path: Path, without: set[int]) -> list[int]:

@@ -37,12 +37,14 @@ class Examples:
         labels: the class names, by index.
         source: where the rows come from, in words.
         facts: what was done to the rows and found in them, for the report.
+        left_out: each bad row; see ``BadRows.left_out``.
     """
 
     splits: dict[str, datasets.Dataset]
     labels: list[str]
     source: str
     facts: dict[str, Any] = field(default_factory=dict)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
 
     def reordered(self, labels: list[str]) -> "Examples":
         """The same rows with the class names in another order."""
@@ -150,10 +152,7 @@ def read_splits(
     ``left_out`` is told the lines of each split that cannot be read; None refuses such a file. ``config`` and ``revision`` are
     of a Hub id.
     """
-    if (config or revision) and (dataset == "builtin" or Path(dataset).is_dir()):
-        raise InputError(
-            f"task.{'config' if config else 'revision'}: {dataset} is no Hub id, which alone has such; remove the key"
-        )
+    refuse_hub_keys(dataset, config, revision)
     if dataset == "builtin":
         return read_folder(BUILTIN / builtin), f"the {builtin} sentences that finllm-prune embeds"
     folder = Path(dataset)
@@ -164,6 +163,14 @@ def read_splits(
     part = {"data_dir" if revision == PARQUET else "name": config}
     found = of_hub(dataset, lambda: datasets.load_dataset(dataset, revision=revision, **part))
     return found, f"{source} of the Hugging Face Hub"
+
+
+def refuse_hub_keys(dataset: str, config: str | None, revision: str | None) -> None:
+    """What alone a Hub id has is asked of nothing else."""
+    if (config or revision) and (dataset == "builtin" or Path(dataset).is_dir()):
+        raise InputError(
+            f"task.{'config' if config else 'revision'}: {dataset} is no Hub id, which alone has such; remove the key"
+        )
 
 
 def of_hub(dataset: str, load: Callable[[], T]) -> T:

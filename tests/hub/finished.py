@@ -49,7 +49,7 @@ def write_output(
     (folder / "runs" / "prune").mkdir(parents=True)
     (folder / "runs" / "prune" / "events.out.tfevents.1").write_bytes(b"logged")
     (folder / "governance.yaml").write_text("governance: {owner: Model Risk}\n")
-    for name in ("report.html", "flips.json"):
+    for name in ("report.html", "flips.json", "bad_rows.jsonl"):
         (folder / name).write_text(f'[{{"text": "{QUOTED}"}}]')
     model.save_pretrained(folder / "dense")
     for name in formats:

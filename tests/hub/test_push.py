@@ -96,6 +96,7 @@ def test_what_is_pushed_loads_in_a_fresh_process(
         "report.json",
         "report.html",
         "flips.json",
+        "bad_rows.jsonl",
         "governance.yaml",
         "recorder.parquet",
         "dense/model.safetensors",
