@@ -142,6 +142,21 @@ def test_texts_come_from_files_and_folders(tmp_path: Path) -> None:
             read_texts(str(tmp_path / source), "--texts")
 
 
+def test_rows_without_a_text_are_counted_and_broken_bytes_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.write_jsonl(tmp_path / "some.jsonl", [{"text": "Profit rose."}, {"text": " "}, {"text": None}])
+    assert read_texts(str(tmp_path / "some.jsonl"), "--texts") == ["Profit rose."]
+    assert "--texts: 2 of 3 rows of" in caplog.text
+    caplog.clear()
+    (tmp_path / "lines.txt").write_text("Profit rose.\n\nIt fell.\n")
+    assert read_texts(str(tmp_path / "lines.txt"), "--texts") == ["Profit rose.", "It fell."]
+    assert caplog.text == "", "a blank line is no row"
+    (tmp_path / "lines.txt").write_bytes(b"Profit rose.\ncaf\xe9\n")
+    with pytest.raises(InputError, match=r"^--texts: .*lines\.txt, line 2, holds bytes that are not UTF-8; save it"):
+        read_texts(str(tmp_path / "lines.txt"), "--texts")
+
+
 def test_trim_writes_a_smaller_equal_model(
     call: Call, tmp_path: Path, tiny_folder: small.TinyFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from finllm_prune.errors import InputError
 from finllm_prune.tasks import read_texts
 from finllm_prune.tasks.task import read_splits
+from finllm_prune.tasks.texts import filled_texts
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,9 @@ class Windows:
                 f"{key}.text_column: {source} has no column '{self.text_column}' but "
                 f"{', '.join(splits[self.split].column_names)}; name one of these"
             )
-        texts = [text for text in splits[self.split][self.text_column] if isinstance(text, str) and text.strip()]
-        if not texts:
-            raise InputError(f"{key}.dataset: {source} holds no text in split {self.split}; name one with some")
-        return texts
+        return filled_texts(
+            list(splits[self.split][self.text_column]), f"{key}.dataset", f"{source}, split {self.split},"
+        )
 
 
 @dataclass(frozen=True)
