@@ -47,6 +47,7 @@ def test_values_of_queries_are_those_of_the_papers() -> None:
     assert answers["mrr_at_10"] == pytest.approx([1.0, 0.5, 0.0])
     assert answers["map"] == pytest.approx([(1 + 2 / 3) / 2, 0.5, 0.0])
     assert answers["recall_at_10"] == pytest.approx([1.0, 1.0, 0.0])
+    assert answers["recall_at_100"] == pytest.approx([1.0, 1.0, 0.0])
     assert judge.value("mrr_at_10", answers) == pytest.approx(0.5)
     assert judge.value("mrr_at_10", answers, np.array([0, 0, 1])) == pytest.approx(2.5 / 3)
 
@@ -56,6 +57,12 @@ def test_what_is_relevant_and_no_candidate_counts_as_missed() -> None:
     answers = judge.answers(torch.tensor([[1.0], [0.0]]))
     assert judge.value("recall_at_10", answers) == 0.5
     assert judge.value("ndcg_at_10", answers) == pytest.approx(1 / (1 + 1 / np.log2(3)))
+
+
+def test_recall_counts_what_lies_within_its_depth() -> None:
+    judge = RankingJudge({"q": {"p3": 1, "p50": 1, "p150": 2, "gone": 1}}, {"q": [f"p{i}" for i in range(200)]})
+    answers = judge.answers(torch.linspace(1, 0, 200)[:, None])
+    assert (judge.value("recall_at_10", answers), judge.value("recall_at_100", answers)) == (0.25, 0.5)
 
 
 def test_scores_that_are_no_numbers_come_last_and_equal_scores_are_a_collapse() -> None:

@@ -12,7 +12,7 @@ from finllm_prune.metrics import ERRORS
 
 _BETTER = (
     "accuracy", "macro_f1", "micro_f1", "mcc", "top3_accuracy", "pearson", "spearman", "r2", "ndcg_at_10", "mrr_at_10", "map",
-    "recall_at_10", "token_accuracy",
+    "recall_at_10", "recall_at_100", "token_accuracy",
 )  # fmt: skip
 GATES = dict.fromkeys(_BETTER, "min") | dict.fromkeys(ERRORS, "max")
 GATES |= {f"{name}_retention": way for name, way in GATES.items()} | {"agreement": "min", "latency_ratio": "max"}
@@ -139,6 +139,7 @@ TITLES = {
     "micro_f1": "micro-F1", "top3_accuracy": "top-3 accuracy", "mse": "mean squared error", "mae": "mean absolute error",
     "pearson": "Pearson's correlation", "spearman": "Spearman's rank correlation", "r2": "R²",
     "ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "map": "MAP", "recall_at_10": "Recall@10",
+    "recall_at_100": "Recall@100",
     "perplexity": "perplexity of completions", "token_accuracy": "accuracy of the next token",
 }  # fmt: skip
 

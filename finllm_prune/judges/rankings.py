@@ -13,7 +13,8 @@ from torch import Tensor
 
 from finllm_prune.judges.judge import Answers, Indices
 
-MEASURES = {"ndcg_at_10": nDCG @ 10, "mrr_at_10": RR @ 10, "map": AP, "recall_at_10": R @ 10}
+# Of 100 candidates or fewer Recall@100 is the first stage's alone.
+MEASURES = {"ndcg_at_10": nDCG @ 10, "mrr_at_10": RR @ 10, "map": AP, "recall_at_10": R @ 10, "recall_at_100": R @ 100}
 _EQUAL = 1e-4  # scores of a model that tells no passage from another differ by rounding alone
 
 
