@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def test_from_a_file_to_the_table_the_json_and_the_page(
     out = capsys.readouterr().out
     assert "not shown on first, second" in out
     assert "A gate failed: agreement on first, agreement on second." in out
+    assert "Araci <2019>: accuracy" in " ".join(out.split())
+    assert "Brier, dense → pruned" in out
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["suite"]["gates"] == {"agreement": 1.0}
     first, second = found["sets"]
@@ -137,6 +140,25 @@ def test_the_figures_are_those_of_the_models(home: Path) -> None:
         report.to_dict()
         == evaluate_suite(parse(asked(home, speed=False)), str(home / "pruned"), str(home / "dense")).to_dict()
     )
+
+
+def test_the_table_tells_what_others_published_and_what_was_left_out(home: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(home / "data", tmp_path / "data")
+    with (data / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": " ", "label": "neutral", "sector": "banks"}) + "\n")
+    suite = asked(home, speed=False)
+    suite["sets"][0]["task"] = suite["sets"][0]["task"] | {"dataset": str(data), "bad_rows": "skip"}
+    suite["sets"][0]["published"].append({"model": "BM25", "metric": "ndcg_at_10", "value": 0.2, "source": "a paper"})
+    report = evaluate_suite(parse(suite), str(home / "pruned"), str(home / "dense"))
+    heads, rows = report.table()
+    table = {row[0]: row[1:] for row in rows}
+    assert heads == ["", "first", "second"]
+    assert table["published"] == ["Araci <2019>: accuracy 0.860\nBM25: nDCG@10 0.200", ""]
+    assert table["rows left out of the set"] == ["1", ""]
+    assert report.to_dict()["sets"][0]["data"]["bad_rows"] == {"test": {"no text": 1}}
+    calibration = report.sets[0].calibration
+    assert calibration is not None
+    assert table["Brier, dense → pruned"][0] == f"{calibration['dense'].brier:.3f} → {calibration['pruned'].brier:.3f}"
 
 
 def test_texts_are_shown_only_where_that_is_asked_for_and_are_text(home: Path) -> None:

@@ -125,6 +125,7 @@ def _measured(match: Match, suite: Suite, ask: Ask, show_texts: bool) -> SetResu
         baseline=match.dense.name,
         source=match.examples.source,
         fingerprint=match.examples.fingerprint(),
+        data=match.examples.facts,
         units=evidence.units,
         unit=evidence.unit,
         headline=evidence.headline,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finllm_prune.evaluation import GATES, Latency, Quality, with_interval
+from finllm_prune.evaluation import GATES, TITLES, Latency, Quality, with_interval
 from finllm_prune.evaluation.calibration import Calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm, p_value, points
 from finllm_prune.evaluation.perturbations import PERTURBATIONS
@@ -23,12 +23,13 @@ class SetResult:
         model, baseline: pruned and dense.
         source: of the data, in words.
         fingerprint: of the data.
+        data: what was done to its rows and found in them: those left out, copies in other splits.
         units: how many were judged.
         unit: what one is called: row, query.
         headline: what the test and the slices look at, the mean worth of the units: a metric's name, or words.
         quality: metrics with intervals, agreement, flips, paired test.
         tested: whether pruned is not worse than dense by more than the margin.
-        calibration: of ``dense`` and ``pruned``; None where there are no classes.
+        calibration: of ``dense`` and ``pruned``; None where there are no classes or labels.
         tax: what each class pays, that which pays most first.
         slices: ``by``, ``part``, ``units``, ``dense``, ``pruned``, ``difference``, ``interval``.
         robustness: ``change``, ``rows`` that it changed, on what part of them ``dense`` and ``pruned`` changed their mind.
@@ -43,6 +44,7 @@ class SetResult:
     baseline: str
     source: str
     fingerprint: str
+    data: dict[str, Any]
     units: int
     unit: str
     headline: str
@@ -147,9 +149,11 @@ class SuiteReport:
         verdicts, corrected = self.verdicts(), self.corrected()
         figures: dict[str, Callable[[SetResult], str]] = {
             "units": lambda each: f"{each.units:,} {each.unit}s",
+            "rows left out of the set": _left_out,
             "metric": lambda each: each.headline,
             "dense": lambda each: _mean(each, "dense"),
             "pruned": lambda each: _mean(each, "pruned"),
+            "published": _published,
             "difference, points": lambda each: f"{100 * each.tested.difference:+.1f}",
             f"  {self.confidence()} interval": lambda each: "[{:+.1f}, {:+.1f}]".format(
                 *np.multiply(100, each.tested.interval)
@@ -162,7 +166,8 @@ class SuiteReport:
             "same answer": lambda each: f"{each.quality.agreement:.1%}",
             "lost / won": lambda each: " / ".join(map(str, each.quality.flips.values())),
             "paired test, p, Holm": lambda each: p_value(corrected[each.name]["paired"]),
-            "ECE, dense → pruned": _ece,
+            "ECE, dense → pruned": partial(_calibrated, "ece"),
+            "Brier, dense → pruned": partial(_calibrated, "brier"),
             "class that pays most": lambda each: _most(each.tax, "{label}"),
             "slice that pays most": lambda each: _most(each.slices, "{by}: {part}"),
             **{f"mind changed: {change}": partial(_changed_mind, change) for change in PERTURBATIONS},
@@ -176,13 +181,25 @@ class SuiteReport:
         return f"{100 - 200 * self.asked.alpha:g} %"
 
 
+def _left_out(each: SetResult) -> str:
+    counts = [why for key in ("bad_rows", "queries_left_out") for why in each.data.get(key, {}).values()]
+    lost = sum(sum(why.values()) for why in counts)
+    return f"{lost:,}" if lost else ""
+
+
 def _mean(each: SetResult, kind: str) -> str:
     metric = each.quality.metrics.get(each.headline)
     return "" if metric is None else with_interval(metric, kind)
 
 
-def _ece(each: SetResult) -> str:
-    return " → ".join(f"{kind.ece:.3f}" for kind in each.calibration.values()) if each.calibration else ""
+def _published(each: SetResult) -> str:
+    """A figure a line; its source stands on the page."""
+    told = [(one["model"], TITLES.get(one["metric"], one["metric"]), one["value"]) for one in each.published]
+    return "\n".join(f"{model}: {metric} {value:.3f}" for model, metric, value in told)
+
+
+def _calibrated(figure: str, each: SetResult) -> str:
+    return " → ".join(f"{getattr(kind, figure):.3f}" for kind in each.calibration.values()) if each.calibration else ""
 
 
 def _most(parts: list[dict[str, Any]], name: str) -> str:
