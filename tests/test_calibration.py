@@ -7,7 +7,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, f1_score
 
 from finllm_prune.evaluation import compare
-from finllm_prune.evaluation.calibration import calibration
+from finllm_prune.evaluation.calibration import calibration, calibration_of_sets
 from finllm_prune.evaluation.tax import tax
 from finllm_prune.judges import ClassJudge
 from tests.conftest import LABELS
@@ -30,6 +30,26 @@ def test_the_figures_are_those_of_scikit_learn(bins: int) -> None:
     assert rows.sum() == 400
     assert found.ece == pytest.approx(np.abs(accuracy - mean) @ rows / 400)
     assert found.brier == pytest.approx(brier_score_loss(REFERENCES, probabilities, scale_by_half=False))
+
+
+def test_each_label_of_a_set_is_a_question_of_its_own() -> None:
+    given = (RANDOM.random((400, 3)) < [0.5, 0.1, 0.9]).astype(np.int64)
+    logits = torch.tensor(RANDOM.normal(0, 1, (400, 3)) + 2 * given - 1)
+    found = calibration_of_sets(logits, given, 10)
+    sure = logits.sigmoid().numpy()
+    briers = [brier_score_loss(given[:, i], sure[:, i], scale_by_half=False) for i in range(3)]
+    assert found.brier == pytest.approx(np.mean(briers))
+    gaps = []
+    for i in range(3):
+        accuracy, mean = calibration_curve(
+            (sure[:, i] > 0.5) == given[:, i], np.maximum(sure[:, i], 1 - sure[:, i]), n_bins=10
+        )
+        rows, _ = np.histogram(np.maximum(sure[:, i], 1 - sure[:, i]), np.linspace(0, 1, 11))
+        gaps.append(np.abs(accuracy - mean) @ rows[rows > 0] / 400)
+    assert found.ece == pytest.approx(np.mean(gaps))
+    assert sum(each["rows"] for each in found.bins) == 1200
+    certain = calibration_of_sets(1000.0 * torch.tensor(2 * given - 1), given)
+    assert (certain.ece, certain.brier) == (0.0, 0.0)
 
 
 def test_sure_and_right_is_perfect_sure_and_wrong_is_the_worst() -> None:

@@ -95,6 +95,10 @@ def test_a_run_learns_sets(tmp_path: Path, tiny_folder: small.TinyFolder, monkey
     assert "top_k=None" in card
     assert "A label is given where its score is 0.3 or more" in card
     assert "| move | 16 | 2 | 6 |" in card
+    assert report.evidence is not None
+    assert report.evidence.calibration is not None
+    assert f"| Brier score | {report.evidence.calibration['dense'].brier:.3f} |" in card
+    assert "Each label is a question" in card
 
 
 def bad(value: Any) -> list[Any]:

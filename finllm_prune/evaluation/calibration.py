@@ -1,22 +1,24 @@
 """Do probabilities mean what they say?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one model on one set of classes.
+    """Of one model on one set of classes, or of labels of which each is given or not: then the mean of the labels' figures.
 
     Args:
         ece: the expected calibration error (Guo et al. 2017): |accuracy - confidence|, the mean over the rows of all bins.
         brier: the squared distance of the probabilities from the right answer, summed over classes, the mean over rows
             (Brier 1950): 0 is perfect, 2 the worst.
-        bins: of equal width in the confidence; of each that holds rows its mean ``confidence``, its ``accuracy``, ``rows``.
+        bins: of equal width in the confidence; of each that holds rows its mean ``confidence``, its ``accuracy``, ``rows``. A
+            row counts once for each label that may be given.
     """
 
     ece: float
@@ -46,3 +48,17 @@ def calibration(logits: Tensor, references: NDArray[np.int64], bins: int = 15) -
         brier=float(((probabilities - truth) ** 2).sum(-1).mean()),
         bins=filled,
     )
+
+
+def calibration_of_sets(logits: Tensor, references: NDArray[np.int64], bins: int = 15) -> Calibration:
+    """Each label is a question of two answers, given or not, as sure as its sigmoid says.
+
+    Args:
+        logits: shape (rows, labels).
+        references: 1 where a row has the label, else 0, shape (rows, labels).
+        bins: of the confidence, which lies above 0.5.
+    """
+    pairs = torch.stack([torch.zeros_like(logits), logits], -1)
+    labels = [calibration(pairs[:, i], references[:, i], bins) for i in range(logits.shape[1])]
+    all_of_them = calibration(pairs.flatten(0, 1), references.reshape(-1), bins)
+    return replace(all_of_them, ece=float(np.mean([label.ece for label in labels])))

@@ -12,13 +12,13 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from finllm_prune.errors import InputError
-from finllm_prune.evaluation.calibration import Calibration, calibration
+from finllm_prune.evaluation.calibration import Calibration, calibration, calibration_of_sets
 from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, not_worse
 from finllm_prune.evaluation.perturbations import PERTURBATIONS, Perturbation
 from finllm_prune.evaluation.quality import Quality
 from finllm_prune.evaluation.slices import SLICES, slices
 from finllm_prune.evaluation.tax import tax
-from finllm_prune.judges import Answers, ClassJudge, Indices, Judge
+from finllm_prune.judges import Answers, ClassJudge, Indices, Judge, LabelSetJudge
 from finllm_prune.tasks.asking import TURNS
 
 FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
@@ -79,7 +79,7 @@ class Evidence:
         alpha: of the test.
         tested: whether pruned is not worse than dense by more than the margin.
         verdict: of this test alone.
-        calibration: of ``dense`` and ``pruned``; None where there are no classes.
+        calibration: of ``dense`` and ``pruned``; None where there are no classes or labels.
         tax: what each class pays, that which pays most first.
         slices: ``by``, ``part``, ``units``, ``dense``, ``pruned``, ``difference``, ``interval``.
         robustness: ``change``, ``of`` how many units the texts were to be changed, ``rows`` that it changed, on what part of
@@ -173,11 +173,10 @@ class _Both:
         return rows.remove_columns("pair") if self.judge.unit == "query" else rows
 
     def calibration(self) -> dict[str, Calibration] | None:
-        if not isinstance(self.judge, ClassJudge):
+        if not isinstance(self.judge, ClassJudge | LabelSetJudge):
             return None
-        return {
-            kind: calibration(each, self.judge.references, self.questions.bins) for kind, each in self.logits.items()
-        }
+        of = calibration if isinstance(self.judge, ClassJudge) else calibration_of_sets
+        return {kind: of(each, self.judge.references, self.questions.bins) for kind, each in self.logits.items()}
 
     def confusion(self) -> dict[str, list[Any]] | None:
         if not isinstance(self.judge, ClassJudge):

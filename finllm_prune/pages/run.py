@@ -77,7 +77,9 @@ def _missing(run: Finished, texts: bool) -> list[str]:
             "Not measured by this run: the test against a margin, calibration, confusion, slices, changed texts."
         )
     elif run.evidence["calibration"] is None:
-        said.append("Calibration and confusion are of single classes, which this task has not.")
+        said.append("Calibration and confusion are of classes, which this task has not.")
+    elif run.evidence["confusion"] is None:
+        said.append("Confusion is of single classes, which this task has not.")
     if run.record is None:
         said.append("Not recorded by this run: masks and scores over steps.")
     if run.flips is None:
