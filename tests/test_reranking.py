@@ -16,7 +16,9 @@ from finllm_prune.judges import RankingJudge
 from finllm_prune.recipe import Recipe
 from finllm_prune.settings import build
 from finllm_prune.tasks import KEPT
+from finllm_prune.tasks.masking import Mask
 from finllm_prune.tasks.reranking import Reranking
+from finllm_prune.tasks.splitting import Split
 from finllm_prune.training import Distillation, Teacher, with_teacher_logits
 from finllm_prune.training.logit_losses import margin_mse
 from tests.conftest import loud, tiny_model
@@ -203,6 +205,53 @@ def test_columns_of_queries_stay_beside_their_pairs(tmp_path: Path) -> None:
         InputError, match=r"^task\.keep_columns: queries of the local folder set have no column 'branch'"
     ):
         Reranking(str(folder), keep_columns=["branch"]).load()
+
+
+def with_columns(folder: Path) -> Path:
+    """The set, its queries dated by their number: three of each topic, a month apart."""
+    write_set(folder)
+    rows = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    told = [
+        row | {"date": f"2026-{1 + i % 3:02}-{1 + i // 3:02}", "about": TOPICS[i // 3]} for i, row in enumerate(rows)
+    ]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    return folder
+
+
+def test_queries_are_divided_anew_by_date_with_their_candidates(tmp_path: Path) -> None:
+    folder = with_columns(tmp_path / "set")
+    task = Reranking(str(folder), candidates=4, split=Split(by="date", validation=0.25, test=0.25))
+    examples = task.load()
+    assert examples.facts["split"]["kind"] == "time"
+    assert examples.facts["split"]["test"] == ["2026-03-04", "2026-03-12"]
+    assert {name: len(judged) for name, judged in examples.judged.items()} == {"train": 18, "validation": 9, "test": 9}
+    assert all(query.endswith("2") for query in examples.judged["test"])
+    assert examples.judged["test"]["q-lease2"] == {"lease0": 2, "lease1": 1}
+    assert len(examples.splits["test"]) == 36
+    (folder / "candidates").mkdir()
+    lines = [f"q-{topic}{i}\tswap1\n" for topic in TOPICS for i in range(3)]
+    (folder / "candidates" / "test.tsv").write_text("".join(lines))
+    assert set(task.load().splits["test"]["pair"]) == {"swap in march the swap was paid"}
+    (folder / "candidates" / "test.tsv").write_text("".join(lines[5:]))
+    with pytest.raises(InputError, match=r"^task\.split: 5 of 36 queries .* have no given candidates"):
+        task.load()
+    content = (folder / "queries.jsonl").read_text().replace('"date": "2026-01-01"', '"date": "soon"')
+    (folder / "queries.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"^task\.split\.by: 1 queries .* column 'date', the first 'q-goodwill0'"):
+        task.load()
+
+
+def test_names_go_from_queries_and_passages(tmp_path: Path) -> None:
+    folder = with_columns(tmp_path / "set")
+    (tmp_path / "names.txt").write_text("goodwill\n")
+    examples = Reranking(
+        str(folder), candidates=4, mask=Mask(column="about", word="FIRM"), normalise_numbers=True
+    ).load()
+    assert examples.facts["masked"] == {"queries": 36, "passages": 48}
+    assert set(examples.splits["validation"]["text"]) == {"how is the FIRM treated"}
+    only = Reranking(str(folder), candidates=4, mask=Mask(names=str(tmp_path / "names.txt"))).load()
+    assert only.facts["masked"] == {"queries": 3, "passages": 4}
+    assert "how is the COMPANY treated" in only.splits["validation"]["text"]
 
 
 def test_given_candidates_are_ranked_and_where_there_are_none_bm25_finds_them(tmp_path: Path) -> None:

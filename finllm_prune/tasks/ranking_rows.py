@@ -14,6 +14,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.judges import RankingJudge
 from finllm_prune.tasks.beir import Judged, Pools, Retrieval
 from finllm_prune.tasks.candidates import Listed
+from finllm_prune.tasks.queries import column_of
 from finllm_prune.tasks.splitting import SPLITS
 from finllm_prune.tasks.task import KEPT, Examples
 
@@ -128,20 +129,8 @@ def pair_rows(data: Retrieval, split: str, pools: Pools, keep: Sequence[str] = (
         "text": [data.queries[query] for query, _ in pairs],
         "pair": [data.passages[passage] for _, passage in pairs],
         "label": [judged[query].get(passage, 0) for query, passage in pairs],
-        **{f"{KEPT}{name}": _kept(data, name, [query for query, _ in pairs]) for name in keep},
+        **{f"{KEPT}{name}": column_of(data, name, [query for query, _ in pairs], "keep_columns") for name in keep},
     })  # fmt: skip
-
-
-def _kept(data: Retrieval, column: str, queries: Sequence[str]) -> list[Any]:
-    """A column of these queries: numbers, or texts; None where a query has none."""
-    known = list(dict.fromkeys(name for row in data.columns.values() for name in row))
-    if column not in known:
-        raise InputError(
-            f"task.keep_columns: queries of {data.source} have no column '{column}' but {', '.join(known)}; name one of these"
-        )
-    values = [data.columns[query].get(column) for query in queries]
-    numbers = all(value is None or isinstance(value, int | float) for value in values)
-    return values if numbers else [None if value is None else str(value) for value in values]
 
 
 def first_stage(judged: Judged, pools: Pools) -> dict[str, float]:

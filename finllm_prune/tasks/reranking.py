@@ -19,6 +19,8 @@ from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.beir import Pools, Retrieval, read_beir
 from finllm_prune.tasks.candidates import BM25, training_lists
 from finllm_prune.tasks.collating import PartsCollator
+from finllm_prune.tasks.masking import Mask
+from finllm_prune.tasks.queries import divided_queries, masked_texts
 from finllm_prune.tasks.ranking_losses import Name, bce, ranking_loss
 from finllm_prune.tasks.ranking_rows import (
     RankingExamples,
@@ -30,7 +32,7 @@ from finllm_prune.tasks.ranking_rows import (
     query_rows,
 )
 from finllm_prune.tasks.rows import Choice
-from finllm_prune.tasks.splitting import leakage, without_copies
+from finllm_prune.tasks.splitting import Split, leakage, without_copies
 from finllm_prune.tasks.task import BUILTIN, Examples, Loss
 from finllm_prune.tasks.yes_no import OneOutput, Prompt, asked, asks_pairs
 
@@ -52,6 +54,9 @@ class Reranking:
         negatives: other passages in a list, drawn from the query's candidates.
         candidates: how many passages of the first stage are ranked, and negatives drawn from.
         bm25: the first stage, where the data brings no candidates.
+        split: divide all judged queries anew, by a column of theirs or at random; None takes the splits of the data.
+        mask: replace names by one word, in queries and passages; its ``column`` is one of the queries.
+        normalise_numbers: each number becomes 0.
         train_rows, test_rows: train or test on a fixed random sample of this many queries; None takes all.
         deduplicate: drop queries that come again in a later split, but for case, spaces, digits and punctuation.
         bad_rows: ``refuse`` data with a broken row, or ``skip`` such rows, counted.
@@ -71,6 +76,9 @@ class Reranking:
     negatives: int = 7
     candidates: int = 100
     bm25: BM25 = field(default_factory=BM25)
+    split: Split | None = None
+    mask: Mask | None = None
+    normalise_numbers: bool = False
     train_rows: int | None = None
     test_rows: int | None = None
     deduplicate: bool = False
@@ -96,8 +104,13 @@ class Reranking:
     def load(self) -> RankingExamples:
         data = read_beir(self.dataset, BUILTIN / "reranking", self.bad_rows, self.config, self.revision)
         lost = {split: {"no relevant passage": count} for split, count in data.unanswerable.items()}
-        data = completed(data, train=self.train_rows, test=self.test_rows)
         facts: dict[str, Any] = {"bad_rows": data.bad_rows}
+        if self.mask is not None or self.normalise_numbers:
+            data, masked = masked_texts(data, self.mask, self.normalise_numbers)
+            facts |= {} if self.mask is None else {"masked": masked}
+        if self.split is not None:
+            data, facts["split"] = divided_queries(data, self.split)
+        data = completed(data, train=self.train_rows, test=self.test_rows)
         queries = query_rows(data)
         if self.deduplicate and "train" in data.judged:
             queries, facts["dropped_copies"] = without_copies(queries)
