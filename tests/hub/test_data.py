@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 SUITE = Path(__file__).parents[2] / "recipes" / "suites" / "finance.yaml"
 PROVISIONS = ["Adjustments", "Governing Laws", "Waivers"]
 PINNED = "44023d2ee430a3be2d2ee573801616d9e1392fbd"
+FIQA = "27a168819829fe9bcd655c2df245fb19452e8e06"
 MTEB = """---
 configs:
 - config_name: default
@@ -101,7 +102,9 @@ def hub(hub: LoopbackHub) -> LoopbackHub:
     kinds = {"train": "train", "dev": "validation", "test": "test"}
     tables = {"corpus.jsonl": jsonl(corpus), "queries.jsonl": jsonl(queries)}
     tables |= {f"qrels/{name}.jsonl": jsonl(judgements(kind)) for name, kind in kinds.items()}
-    add("mteb/fiqa", {"README.md": MTEB.encode()} | tables)
+    add("mteb/fiqa", {"README.md": MTEB.encode()} | tables, commit=FIQA)
+    parts = MTEB.replace("config_name: default", "config_name: en-qrels").replace("config_name: ", "config_name: en-")
+    add("mteb/parts", {"README.md": parts.replace("en-en-", "en-").encode()} | tables)
     tables = {"corpus/corpus.parquet": parquet(corpus), "queries/queries.parquet": parquet(queries)}
     add("BeIR/fiqa", {"README.md": BEIR.encode()} | tables)
     tsv = {
@@ -134,6 +137,7 @@ def test_the_suite_of_hub_ids_is_read_as_it_is_shipped(
     }  # fmt: skip
     assert "refs/convert/parquet" in found["Financial PhraseBank"]["source"]
     assert PINNED in found["Financial PhraseBank, all agree"]["source"]
+    assert FIQA in found["FiQA-2018"]["source"]
     assert {each["quality"]["agreement"] for each in found.values()} == {1.0}
     assert not any("financial_phrasebank.py" in call.line and call.line.startswith("GET") for call in hub.calls)
 
@@ -150,6 +154,22 @@ def test_beir_with_its_judgements_in_a_repository_of_their_own(
         figures[name] = json.loads(out.read_text())
     assert figures["BeIR/fiqa"] == figures["mteb/fiqa"]
     assert figures["mteb/fiqa"]["ndcg_at_10"]["first_stage"] > 0.3, "BM25 knows what the words are"
+
+
+def test_a_part_of_a_set_and_a_pin_that_judgements_elsewhere_would_miss(
+    shell: Shell, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_folder(labels=["relevance"])
+    sets = {"part": {"dataset": "mteb/parts", "config": "en"}, "pinned": {"dataset": "BeIR/fiqa", "revision": "a" * 40}}
+    done = {}
+    for name, keys in sets.items():
+        task = {"name": "reranking", "max_length": 32, "candidates": 4, **keys}
+        suite = {"sets": [{"name": name, "task": task, "perturbations": []}], "speed": False, "resamples": 3}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(suite))
+        done[name] = shell("evaluate", model, "--baseline", model, "--suite", tmp_path / f"{name}.yaml")
+    assert done["part"].code == 0, done["part"].all
+    assert done["pinned"].code == 2
+    assert "task.revision: the judgements of BeIR/fiqa lie in BeIR/fiqa-qrels" in done["pinned"].all
 
 
 @pytest.mark.parametrize(
