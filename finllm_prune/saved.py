@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, TrainingArguments
 
 from finllm_prune.checkpoints import is_served, serve
-from finllm_prune.checkpoints.manifest import sha256
+from finllm_prune.checkpoints.manifest import refuse_changed, sha256
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows, with_interval
 from finllm_prune.hub.base_model import locate
@@ -36,12 +36,13 @@ class Saved:
 
     Raises:
         OtherLabels: it does not know them.
-        InputError: it cannot be read.
+        InputError: it cannot be read, or is not what its manifest says.
     """
 
     def __init__(self, name: str, task: Task, examples: Examples):
         self.name, self.task, self.examples = name, task, examples
         self.location, self.origin = locate(name, served=True)
+        refuse_changed(Path(self.location))
         self.config = load_config(self.location)
         self.labels = label_order(self.config, examples.labels, must_match=name)
         self.tokenizer = load_tokenizer(self.location)
@@ -147,6 +148,7 @@ def _task(recipe: Recipe | None, name: str | None, **changes: Any) -> Task:
 def inspect_saved(model: str) -> Rows:
     """For every prunable layer: path, shape, sparsity; the last row is their sum. Raises InputError for what cannot be read."""
     location, _ = locate(model)
+    refuse_changed(Path(location))
     load_config(location)
     try:
         layers = layer_table(AutoModel.from_pretrained(location, trust_remote_code=False))

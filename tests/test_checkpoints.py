@@ -271,9 +271,10 @@ def rewrite(folder: Path, **changes: object) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_verify_tells_of_a_newer_version(spoilt: Path) -> None:
-    rewrite(spoilt, format_version=2, zeros="what a later version may hold here")
-    with pytest.raises(ProofError, match=r"made by a newer finllm_prune \(format version 2, known here: 1\); upgrade"):
+@pytest.mark.parametrize("version", [0, 2, -1])
+def test_verify_tells_of_another_version(spoilt: Path, version: int) -> None:
+    rewrite(spoilt, format_version=version, zeros="what another version may hold here")
+    with pytest.raises(ProofError, match=rf"has the format version {version}, and this finllm_prune reads 1; upgrade"):
         verify(spoilt)
 
 

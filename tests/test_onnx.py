@@ -132,6 +132,16 @@ def test_verify_catches_a_changed_graph(spoilt: Path) -> None:
         verify(spoilt)
 
 
+def test_a_changed_graph_is_not_served(spoilt: Path) -> None:
+    graph = onnx.load(spoilt / GRAPH)
+    graph.graph.name = "edited"
+    onnx.save(graph, spoilt / GRAPH)
+    with pytest.raises(InputError, match=rf"{GRAPH} is missing or is not the file that {MANIFEST} beside it tells of"):
+        serve(spoilt)
+    (spoilt / MANIFEST).unlink()
+    serve(spoilt)
+
+
 def test_verify_holds_the_graph_against_the_recorded_logits_and_classes(spoilt: Path) -> None:
     manifest = json.loads((spoilt / MANIFEST).read_text())
     far = [[value + 2 * manifest["probe"]["tolerance"] + 1 for value in row] for row in manifest["probe"]["logits"]]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import find_format, verify
+from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.checkpoints.packing import Memory, Packed, pack, unpack
 from finllm_prune.checkpoints.quantizer import WEIGHTS
 from finllm_prune.errors import InputError, ProofError
@@ -180,6 +181,8 @@ def test_a_changed_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenize
     find_format("packed")(sparse(), tokenizer, tmp_path / "saved")
     file = tmp_path / "saved" / WEIGHTS
     whole, state = file.read_bytes(), load_file(file)
+    manifest = (tmp_path / "saved" / MANIFEST).read_text()
+    (tmp_path / "saved" / MANIFEST).unlink()  # which would tell it first: test_tampered.py
     name = next(name for name in state if name.endswith("weight_values"))
     mask = name.replace("values", "bitmask")
     for change in ({name: state[name][:-1]}, {mask: state[mask] ^ 1}, {mask: state[mask][:-1].clone()}):
@@ -193,5 +196,6 @@ def test_a_changed_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenize
     file.write_bytes(whole[:-1])
     with pytest.raises(InputError, match="is missing or damaged"):
         load(tmp_path / "saved")
+    (tmp_path / "saved" / MANIFEST).write_text(manifest)
     with pytest.raises(ProofError, match="is not the file that was proved"):
         verify(tmp_path / "saved")

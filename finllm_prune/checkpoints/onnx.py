@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from finllm_prune.checkpoints.formats import GRAPH
-from finllm_prune.checkpoints.manifest import write_manifest
+from finllm_prune.checkpoints.manifest import refuse_changed, write_manifest
 from finllm_prune.checkpoints.proof import compare_logits, logits_of, probe_of
 from finllm_prune.checkpoints.ragged import smallest
 from finllm_prune.staging import staged
@@ -44,9 +44,13 @@ class Served:
     Args:
         folder: what ``save`` wrote.
         threads: of onnxruntime; 0 takes as many as PyTorch has.
+
+    Raises:
+        InputError: a file is not the one that the manifest in the folder names.
     """
 
     def __init__(self, folder: Path, threads: int = 0):
+        refuse_changed(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         # Threads that spin after a call would slow down what is measured next.

@@ -51,6 +51,7 @@ def save_proved(
 def verify(folder: Path) -> dict[str, Any]:
     """Prove a saved checkpoint again from its files alone: hashes, zeros, logits of the recorded probe.
 
+    The hashes are of all that a loader reads, so shapes and dtypes need no record of their own.
     A delta has a model only beside its base: its hashes are proved here, the rest where it is applied.
 
     Returns:
