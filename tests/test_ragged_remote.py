@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import find_format, verify
+from finllm_prune.checkpoints.quantizer import REMOTE_LURE
 from finllm_prune.errors import ProofError
 from tests.conftest import FAMILIES
 from tests.test_families import logits
@@ -83,4 +84,4 @@ def test_without_the_package_the_code_gives_the_same_logits(
     assert torch.equal(found["again"], expected)
     failed = without_us(tmp_path, "Auto.from_pretrained('saved', ignore_mismatched_sizes=True)")
     assert failed.returncode == 1
-    assert "first_import_finllm_prune_or_set_trust_remote_code.safetensors" in failed.stderr.splitlines()[-1]
+    assert REMOTE_LURE in failed.stderr.splitlines()[-1]

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from finllm_prune.checkpoints import verify
+from finllm_prune.checkpoints import find_format, masked, verify
+from finllm_prune.checkpoints.manifest import MANIFEST
+from finllm_prune.checkpoints.quantizer import LURE
 from finllm_prune.errors import InputError
 from finllm_prune.prepare import prepare
 from finllm_prune.recipe import Recipe, parse
@@ -17,6 +25,7 @@ from finllm_prune.run import run
 from finllm_prune.tasks import read_texts
 from tests import small
 from tests.conftest import Call
+from tests.test_ragged import uneven
 
 
 @pytest.fixture
@@ -190,16 +199,56 @@ def test_what_was_written_is_proved_and_a_failed_proof_leaves_what_was_there(
     model, out = tiny_folder(), tmp_path / "small"
     assert call("trim", model, out, "--texts", "builtin") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    save = PreTrainedModel.save_pretrained
 
-    def save_damaged(damaged: PreTrainedModel, folder: Path) -> None:
+    def save_damaged(damaged: PreTrainedModel, *others: Any) -> PreTrainedModel:
         with torch.no_grad():
             damaged.get_input_embeddings().weight.copy_(damaged.get_input_embeddings().weight.flip(0))
-        save(damaged, folder)
+        return masked.save(damaged, *others)
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_damaged)
+    monkeypatch.setattr("finllm_prune.trim.find_format", lambda name: save_damaged)
     capsys.readouterr()
     assert call("trim", model, out, "--texts", "builtin", "--overwrite") == 4
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not out.with_name("small.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["masked", "compact", "ragged", "packed", "packed-int8"])
+def test_a_trimmed_model_keeps_its_format_and_is_proved_again(
+    call: Call, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "small"
+    find_format(name)(uneven(), tokenizer, model)
+    assert call("trim", model, out, "--texts", "builtin") == 0
+    assert call("verify", out) == 0
+    assert verify(out)["format"] == name
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] < 300
+    assert config.get("transformers_weights") == (None if name in ("masked", "compact") else LURE)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert call("trim", model, tmp_path / "other", "--texts", "builtin") == 4
+    assert "config.json is missing or is not the file that was proved" in capsys.readouterr().err
+
+
+def test_a_ragged_model_that_was_saved_anew_becomes_a_whole_ragged_one(
+    call: Call, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    find_format("ragged")(uneven(), tokenizer, tmp_path / "model")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    again.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert call("trim", tmp_path / "again", tmp_path / "small", "--texts", "builtin") == 0
+    assert call("export", tmp_path / "again", tmp_path / "exported", "--to", "ragged") == 0
+    for folder in (tmp_path / "small", tmp_path / "exported" / "ragged"):
+        assert verify(folder)["format"] == "ragged"
+        assert json.loads((folder / "config.json").read_text())["transformers_weights"] == LURE
+
+
+def test_an_encoder_without_a_head_is_trimmed_without_a_manifest(
+    call: Call, tmp_path: Path, tiny_folder: small.TinyFolder, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    AutoModel.from_pretrained(tiny_folder()).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    assert call("trim", tmp_path / "encoder", tmp_path / "small", "--texts", "builtin") == 0
+    assert AutoModel.from_pretrained(tmp_path / "small").config.vocab_size < 300
+    assert not (tmp_path / "small" / MANIFEST).exists()

@@ -6,6 +6,11 @@ blocks have several widths, its config keeps them, and ``save_pretrained`` alone
 
 The weights lie in a file that transformers alone does not look for. Its config names another one instead, which does not
 exist and whose name is the remedy: without this package there is an error, never a model with random weights.
+
+Not covered: what ``save_pretrained`` and the Trainer write of a loaded model with blocks of several widths. Their config cannot
+name a missing file, for transformers deletes that key when it saves, and only an attached quantizer would be asked. Without
+this package such a folder is an error about shapes, and with ``ignore_mismatched_sizes=True`` a model with random weights;
+``finllm-prune export FOLDER OUT --to ragged`` gives it the missing file again.
 """
 
 import copy
@@ -28,8 +33,9 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Cut, Family, cut_in_place, find_architecture, find_family, keep, tell_heads
 
 METHOD, VERSION = "finllm_prune", 1
-WEIGHTS, LURE = "finllm_prune.safetensors", "first_import_finllm_prune.safetensors"
-REMOTE_LURE = "first_import_finllm_prune_or_set_trust_remote_code.safetensors"
+WEIGHTS = "finllm_prune.safetensors"
+_REMEDIES = "first_pip_install_finllm-prune_and_import_finllm_prune"
+LURE, REMOTE_LURE = f"{_REMEDIES}.safetensors", f"{_REMEDIES}_or_set_trust_remote_code.safetensors"
 NARROWED = "narrowed"  # the config's key for the code of ragged-remote
 PARTS = ("bitmask", "values", "scale")
 
@@ -76,7 +82,7 @@ class PrunedQuantizer(HfQuantizer):
         """The hook that sees the config before any file is looked for."""
         if self.quantization_config.per_layer_config:
             find_family(config.model_type)
-        if getattr(config, "transformers_weights", None) in (LURE, REMOTE_LURE):
+        if getattr(config, "transformers_weights", None) is not None:  # a lure, of whatever version
             config.transformers_weights = WEIGHTS
         return config
 

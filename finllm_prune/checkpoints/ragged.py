@@ -2,8 +2,8 @@
 
 Smaller files, and really faster on any hardware, as compact; beyond it, heads of every family go, and a budget that leaves
 blocks of several widths loses nothing. The class is the plain one, the logits are the same. Without this package
-``from_pretrained`` fails, and the name of the file that it misses says what to import. Not covered: zero blocks behind a
-post-norm, single zeros.
+``from_pretrained`` fails, and the name of the file that it misses says what to install and import. Not covered: zero blocks
+behind a post-norm, single zeros; that error for what ``save_pretrained`` writes of a loaded model (``quantizer`` says why).
 """
 
 from pathlib import Path
