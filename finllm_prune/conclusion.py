@@ -15,7 +15,6 @@ from finllm_prune.errors import warned
 from finllm_prune.evaluation import (
     Quality,
     Report,
-    Target,
     check_target,
     compare,
     layer_table,
@@ -77,7 +76,7 @@ def conclude(
         | {"mask_hash": pruner.mask_hash(), "skipped_steps": int(pruner.skipped), "wall_seconds": _wall(clock)}
         | {"warnings": list(recorder.warnings.values()) if recorder else []},
         gates=recipe.gates,
-        target=_target(recipe.pruning.target, dense, student, pruner),
+        target=_target(ready, dense, student, pruner),
         exported={
             name: _judged(ready, of_dense, _logits(ready, model)) for name, model in exported.items() if name in LOSSY
         },
@@ -153,14 +152,19 @@ def _latency(dense: PreTrainedModel, student: PreTrainedModel, exported: dict[st
     ]
 
 
-def _target(
-    target: Target | None, dense: PreTrainedModel, student: PreTrainedModel, pruner: Pruner
-) -> dict[str, Any] | None:
+def _target(ready: Prepared, dense: PreTrainedModel, student: PreTrainedModel, pruner: Pruner) -> dict[str, Any] | None:
     """Against the costs that the Pruner chose by: a resumed run has those of its checkpoint."""
+    target, share = ready.recipe.pruning.target, 1.0 if ready.vocabulary is None else ready.vocabulary[0].share
     if target is None or pruner.costs is None:
         return None
     return check_target(
-        target, pruner.costs, dense, student, {g.name: int(g.mask.sum()) for g in pruner.groups}, engine_of(target)
+        target,
+        pruner.costs,
+        dense,
+        student,
+        {g.name: int(g.mask.sum()) for g in pruner.groups},
+        engine_of(target),
+        share,
     )
 
 

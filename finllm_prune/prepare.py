@@ -150,7 +150,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     costs = None
     if (target := recipe.pruning.target) is not None:
         _refuse_too_long(target, config)
-        costs = price(target, model, small, groups, engine_of(target))
+        share = 1.0 if vocabulary is None else vocabulary[0].share
+        costs = price(target, model, small, groups, engine_of(target), share)
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs, encoder,
         kept,

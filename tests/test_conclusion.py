@@ -90,16 +90,20 @@ def test_answers_that_took_long_are_kept_for_runs_that_share_the_dense_model(
 
 
 def test_a_plan_knows_the_trimmed_model_its_recovery_and_its_formats(content: dict[str, Any]) -> None:
+    whole = parameter_bytes(AutoModelForSequenceClassification.from_pretrained(content["model"]))
     content["model"] = {"name": content["model"], "keep_layers": [0, 2]}
-    content["pruning"]["target"] = {"size": 0.6}
+    content["pruning"]["target"] = {"size": 0.5}
     planned = plan(parse(content))
     assert planned.seconds["recovery"] > 0
     assert planned.bytes.keys() == {"dense", *EXPORT}
-    assert planned.bytes["ragged"] <= 0.6 * planned.bytes["dense"]
+    assert 0.45 * whole < planned.bytes["ragged"] <= 0.5 * whole, "the tokens that are gone count towards the target"
     report = run(parse(content))
     assert report is not None
     assert report.target is not None
     assert report.target["met"]
+    ragged = AutoModelForSequenceClassification.from_pretrained(parse(content).output / "ragged")
+    assert report.target["measured"] == pytest.approx(parameter_bytes(ragged) / whole)
+    assert any(what == "target size 0.5 of the dense model's with all its tokens" for what, *_ in report.rows())
     for name in ("dense", *EXPORT):
         assert planned.bytes[name] == pytest.approx(report.bytes[name], rel=0.2), name
     dense = AutoModelForSequenceClassification.from_pretrained(parse(content).output / "dense")

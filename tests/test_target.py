@@ -68,6 +68,22 @@ def test_a_target_out_of_reach_is_refused_with_the_lowest() -> None:
         price(Target(flops=0.3, tokens=16), model, model, find_family("bert").groups(model, RULES[1:]))
 
 
+def test_a_trimmed_vocabulary_counts_towards_a_size_and_nothing_else() -> None:
+    model = tiny_model()
+    groups = find_family("bert").groups(model, RULES)
+    with pytest.raises(
+        InputError, match=r"fp32, those of a trimmed vocabulary's missing tokens among them; .* by vocabulary"
+    ):
+        price(Target(size=0.3), model, model, groups)
+    half = price(Target(size=0.3), model, model, groups, share=0.5)
+    assert half.start == pytest.approx(0.5)
+    flops_alone = price(Target(flops=0.5, tokens=16), model, model, groups, share=0.5)
+    assert flops_alone.start == pytest.approx(1.0)
+    found = check_target(Target(size=0.3), half, model, model, dict.fromkeys(half.tables, 1), share=0.5)
+    assert found["measured"] == pytest.approx(0.5)
+    assert found["predicted"] == pytest.approx(half.lowest)
+
+
 def test_a_smaller_start_counts_towards_the_target() -> None:
     dense, model = tiny_model(layers=4), tiny_model(layers=4)
     find_family("bert").keep_layers(model, [0, 2])

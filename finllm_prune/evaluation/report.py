@@ -124,7 +124,8 @@ class Report:
         if self.run.get("skipped_steps"):
             out.append(("steps skipped for infinite or NaN gradients", "", str(self.run["skipped_steps"])))
         if (target := self.target) is not None:
-            what = f"target {target['kind']} {target['asked']:g} of the dense model's"
+            whole = " with all its tokens" if target["kind"] == "size" and self.run.get("vocabulary") else ""
+            what = f"target {target['kind']} {target['asked']:g} of the dense model's{whole}"
             out.append((what, "1.000", f"{target['measured']:.3f} {'met' if target['met'] else 'MISSED'}"))
         for name, verdict in self.verdicts().items():
             sign = "≥" if GATES[name] == "min" else "≤"

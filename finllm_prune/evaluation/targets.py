@@ -21,6 +21,11 @@ from finllm_prune.pruning import Costs, Group
 KINDS = ("latency", "size", "flops")
 RUNTIMES = ("torch", "onnx", "onnx-int8")
 TOLERANCE = 0.05
+_OF = {
+    "latency": "milliseconds",
+    "size": "bytes of all parameters in fp32, those of a trimmed vocabulary's missing tokens among them",
+    "flops": "FLOPs",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Target:
 
     Args:
         latency: CPU milliseconds of a forward pass, measured on this machine.
-        size: bytes of the weights, embeddings included.
+        size: bytes of all parameters in fp32, embeddings included, as in compact or ragged; of the dense model with all its
+            tokens, so that a trimmed vocabulary counts towards it.
         flops: of the matrix products of a forward pass.
         batch, tokens: the shape of the input.
         threads: of the CPU; None takes torch's default.
@@ -73,8 +79,9 @@ class Target:
 
 
 def price(
-    target: Target, dense: PreTrainedModel, model: PreTrainedModel, groups: list[Group], engine: Engine = on_cpu
-) -> Costs:
+    target: Target, dense: PreTrainedModel, model: PreTrainedModel, groups: list[Group], engine: Engine = on_cpu,
+    share: float = 1.0,
+) -> Costs:  # fmt: skip
     """The costs of all groups that have no sparsity of their own, as parts of the dense model's cost.
 
     Args:
@@ -82,6 +89,7 @@ def price(
         model: what is pruned; it may have fewer blocks.
         groups: of all rules, on ``model``.
         engine: what makes of a model what the target's runtime runs.
+        share: which part of the untrimmed dense model's bytes ``dense`` has.
 
     Raises:
         InputError: the target cannot be reached, with the lowest that can.
@@ -91,8 +99,7 @@ def price(
     if target.kind == "latency":
         costs = _by_latency(target, dense, model, family, open_groups, engine)
     else:
-        count = parameter_bytes if target.kind == "size" else _flops_of(target.tokens)
-        costs = _by_count(target, count, dense, model, family, open_groups)
+        costs = _by_count(target, _whole(target, dense, share), model, family, open_groups)
     refuse_out_of_reach(target, costs)
     return costs
 
@@ -102,24 +109,26 @@ def refuse_out_of_reach(target: Target, costs: Costs) -> None:
     if not costs.tables or costs.lowest > target.ratio:
         raise InputError(
             f"pruning.target.{target.kind}: {target.ratio:g} cannot be reached: with one unit left in each block these rules "
-            f"come down to {costs.lowest:.3f}; raise the target, add the missing rule of mlp (neuron) and attention (head), "
-            "or drop blocks by model.keep_layers"
+            f"come down to {costs.lowest:.3f} of the dense model's {_OF[target.kind]}; raise the target, add the missing rule "
+            "of mlp (neuron) and attention (head), or drop blocks by model.keep_layers"
+            + (" or tokens by vocabulary" if target.kind == "size" else "")
         )
     if costs.start <= target.ratio:
         raise InputError(
-            f"pruning.target.{target.kind}: {target.ratio:g} is met before anything is cut ({costs.start:.3f}); lower it"
+            f"pruning.target.{target.kind}: {target.ratio:g} is met before anything is cut ({costs.start:.3f} of the dense "
+            f"model's {_OF[target.kind]}); lower it"
         )
 
 
 def check_target(
     target: Target, costs: Costs, dense: PreTrainedModel, pruned: PreTrainedModel, kept: dict[str, int],
-    engine: Engine = on_cpu,
+    engine: Engine = on_cpu, share: float = 1.0,
 ) -> dict[str, Any]:  # fmt: skip
     """The model without what has no effect, held against the target: asked, predicted, measured, met.
 
     Args:
         kept: units per group, for the prediction.
-        engine: as in ``price``.
+        engine, share: as in ``price``.
     """
     small = shrink(pruned, without_effect(pruned))
     if target.kind == "latency":
@@ -128,8 +137,8 @@ def check_target(
         measured, shape = found.ratio, {"batch": found.batch, "tokens": found.tokens, "threads": found.threads}
         shape |= {"runtime": target.runtime}  # type: ignore[dict-item]
     else:
-        count = parameter_bytes if target.kind == "size" else _flops_of(target.tokens)
-        measured, shape = count(small) / count(dense), {"tokens": target.tokens} if target.kind == "flops" else {}
+        measured = _counter(target)(small) / _whole(target, dense, share)
+        shape = {"tokens": target.tokens} if target.kind == "flops" else {}
     return {
         "kind": target.kind, **shape, "asked": target.ratio, "predicted": costs.total(kept), "measured": measured,
         "tolerance": TOLERANCE, "met": target.admits(measured),
@@ -152,16 +161,18 @@ def flops(model: PreTrainedModel, tokens: int) -> float:
     return float(counter.get_total_flops())
 
 
-def _flops_of(tokens: int) -> Callable[[PreTrainedModel], float]:
-    return lambda model: flops(model, tokens)
+def _counter(target: Target) -> Callable[[PreTrainedModel], float]:
+    return parameter_bytes if target.kind == "size" else lambda model: flops(model, target.tokens)
 
 
-def _by_count(
-    target: Target, count: Callable[[PreTrainedModel], float], dense: PreTrainedModel, model: PreTrainedModel,
-    family: Family, groups: list[Group],
-) -> Costs:  # fmt: skip
+def _whole(target: Target, dense: PreTrainedModel, share: float) -> float:
+    """What the target is a part of: bytes are those of the model with all its tokens."""
+    return _counter(target)(dense) / (share if target.kind == "size" else 1.0)
+
+
+def _by_count(target: Target, whole: float, model: PreTrainedModel, family: Family, groups: list[Group]) -> Costs:
     """Each unit costs the same, whatever else is there: counted with all of a part's units, and with one in each block."""
-    whole = count(dense)
+    count = _counter(target)
     rest = full = count(model)
     blocks = len(family.layers(model))
     tables: dict[str, Tensor] = {}

@@ -58,6 +58,11 @@ class Trimmed:
     texts: list[str]
     outputs: list[Tensor]
 
+    @property
+    def share(self) -> float:
+        """The part of the model's bytes that is left."""
+        return self.bytes["after"] / self.bytes["before"]
+
     def prove(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises ProofError where the outputs for the texts differ by more than 1e-5 (and the rounding of a float)."""
         for got, expected in zip(outputs(model, tokenizer, self.texts), self.outputs, strict=True):
