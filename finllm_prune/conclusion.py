@@ -3,14 +3,13 @@
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from finllm_prune.checkpoints import LOSSY, SERVED, find_format, serve
+from finllm_prune.checkpoints import LOSSY, SERVED, find_format, prove_rows, serve
 from finllm_prune.errors import warned
 from finllm_prune.evaluation import (
     Quality,
@@ -64,7 +63,7 @@ def conclude(
     evidence = _evidence(ready, {"dense": dense, "pruned": student}, {"dense": of_dense, "pruned": of_student}, quality)
     # Proofs compare on the CPU, where the reloaded checkpoint is: a GPU may round its products otherwise.
     nn.Module.to(student, device="cpu")
-    exported = _export(student, ready.tokenizer, work, recipe.export)
+    exported = _export(ready, student)
     report = Report(
         quality=quality,
         sparsity={"targeted": pruner.sparsity(), **removed(dense, student)},
@@ -100,14 +99,19 @@ def conclude(
     return report
 
 
-def _export(
-    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, names: list[str]
-) -> dict[str, Classifier]:
-    """Format -> what lies in its folder, behind the call of a model."""
+def _export(ready: Prepared, student: PreTrainedModel) -> dict[str, Classifier]:
+    """Format -> what lies in its folder, behind the call of a model.
+
+    A graph that is to be the model is held against it on test rows too; what is another model is judged on all of them.
+    """
     exported: dict[str, Classifier] = {}
-    for name in names:
-        written = find_format(name)(student, tokenizer, work / name)
-        exported[name] = serve(work / name) if name in SERVED else written
+    for name in ready.recipe.export:
+        folder = ready.work / name
+        written = find_format(name)(student, ready.tokenizer, folder)
+        exported[name] = serve(folder) if name in SERVED else written
+        if name in SERVED and name not in LOSSY:
+            collator = ready.recipe.task.collator(ready.tokenizer)
+            prove_rows(exported[name], student, ready.tokens["test"], collator, folder)
     return exported
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast
 
-from finllm_prune.checkpoints import GRAPH, SERVED, find_format, serve, verify
+from finllm_prune.checkpoints import GRAPH, SERVED, find_format, prove_rows, serve, verify
 from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.families import find_family
@@ -80,6 +81,18 @@ def test_the_graph_is_the_model_at_every_shape(
     exported: Path, model: PreTrainedModel, rows: int, tokens: int, part: float, seed: int
 ) -> None:
     assert farthest(exported / "onnx", model, padded(rows, tokens, int(part * (tokens - 1)), seed)) < 1e-4
+
+
+def test_a_graph_is_held_against_the_model_on_rows_of_real_texts(
+    exported: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = Dataset.from_list([dict(tokenizer(row["text"], truncation=True)) for row in small.rows("train")])
+    served, collator, other = serve(exported / "onnx"), DataCollatorWithPadding(tokenizer), copy.deepcopy(model)
+    prove_rows(served, model, rows, collator, exported / "onnx")
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.01)
+    with pytest.raises(ProofError, match=r"onnx: its logits differ by .* from the model that was evaluated"):
+        prove_rows(served, other, rows, collator, exported / "onnx")
 
 
 def test_token_types_reach_the_graph(exported: Path, model: PreTrainedModel) -> None:

@@ -12,9 +12,9 @@ from finllm_prune.checkpoints.formats import (
     serve,
 )
 from finllm_prune.checkpoints.manifest import exported_in
-from finllm_prune.checkpoints.proof import proved, verify, zero_counts
+from finllm_prune.checkpoints.proof import prove_rows, proved, verify, zero_counts
 
 __all__ = [
     "FORMATS", "GRAPH", "LOSSY", "PLUGGED", "SERVED",
-    "exported_in", "find_engine", "find_format", "is_served", "proved", "serve", "verify", "zero_counts",
+    "exported_in", "find_engine", "find_format", "is_served", "prove_rows", "proved", "serve", "verify", "zero_counts",
 ]  # fmt: skip

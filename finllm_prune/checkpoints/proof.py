@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
+from finllm_prune import inference
 from finllm_prune.checkpoints.formats import FORMATS, SERVED, find_format, serve
 from finllm_prune.checkpoints.manifest import DELTA, damaged, read_manifest, write_manifest
 from finllm_prune.errors import ProofError, one_line
@@ -15,6 +17,7 @@ from finllm_prune.families import auto_class, find_architecture
 from finllm_prune.staging import staged
 
 TOLERANCE = 1e-5
+ROWS = 64
 # Of 64 rows, so many may tip over on another processor.
 AGREEMENT_SLACK = 2 / 64
 _TOKENS = 64  # of the vocabulary, whose logits a proof looks at
@@ -46,6 +49,19 @@ def save_proved(
         if any(not torch.equal(value.cpu(), written[name]) for name, value in smaller.state_dict().items()):
             raise ProofError(f"{folder}: the reloaded weights are not those of the saved model; nothing was kept")
         write_manifest(partial, format_name, zeros, probe, expected, tolerance, more)
+
+
+def prove_rows(
+    served: Callable[..., Any], model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, folder: Path
+) -> None:
+    """Hold what was made of a folder against the model in memory on the first 64 of these rows: real texts, as padded in use.
+
+    Raises:
+        ProofError: their logits differ by more than the manifest in the folder allows for its probe.
+    """
+    few = rows.select(range(min(ROWS, len(rows))))
+    got, expected = (inference.logits_of(each, few, collator) for each in (served, model))
+    compare_logits(got, expected, folder, float(read_manifest(folder)["probe"]["tolerance"]))
 
 
 def verify(folder: Path) -> dict[str, Any]:
