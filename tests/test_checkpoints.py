@@ -113,9 +113,12 @@ def test_compact_of_a_model_without_any_living_neuron(tmp_path: Path, tokenizer:
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
 
-def test_compact_after_whole_layers_are_gone(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = pruned()
-    find_family("bert").keep_layers(model, [0, 2])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_compact_after_whole_layers_are_gone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str
+) -> None:
+    model = pruned(model_type)
+    find_family(model_type).keep_layers(model, [0, 2])
     find_format("compact")(model, tokenizer, tmp_path / "compact")
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "compact")
     assert (reloaded.config.num_hidden_layers, width(reloaded)) == (2, NEURONS // 4)

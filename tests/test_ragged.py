@@ -118,6 +118,18 @@ def test_every_way_to_load_gives_the_same_model(exported: Path, tokenizer: PreTr
     torch.testing.assert_close(torch.tensor(scores), pair, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["modernbert", "qwen3", "deberta-v2"])
+def test_other_families_load_by_a_device_map_and_in_half_precision(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    returned = find_format("ragged")(uneven(family), tokenizer, tmp_path / "ragged")
+    assert torch.equal(logits(load(tmp_path / "ragged", device_map="auto")), logits(returned))
+    half, expected = load(tmp_path / "ragged", dtype=torch.bfloat16), dict(returned.named_parameters())
+    assert half.dtype == torch.bfloat16
+    assert all(torch.equal(each, expected[name].bfloat16()) for name, each in half.named_parameters())
+    assert logits(half).isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft still asks for it
 def test_a_loaded_model_trains_resumes_and_takes_adapters(exported: Path, tmp_path: Path) -> None:
     rows = [{"input_ids": [2, 7 + i, 9, 3], "attention_mask": [1] * 4, "labels": i % 3} for i in range(8)]

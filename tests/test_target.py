@@ -14,6 +14,7 @@ from finllm_prune.checkpoints import find_engine, find_format, serve
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import (
     LatencyTable,
+    Report,
     Target,
     check_target,
     flops,
@@ -29,7 +30,8 @@ from finllm_prune.pruning import Head, Neuron, Rule, Taylor
 from finllm_prune.recipe import parse
 from finllm_prune.run import run
 from tests import small
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import FAMILIES, Call, tiny_model
+from tests.test_quality import judge, noisy
 
 RULES = [Rule("mlp", None, Neuron(), Taylor()), Rule("attention", None, Head(), Taylor())]
 
@@ -260,6 +262,21 @@ def test_a_missed_target_is_said() -> None:
     assert found["measured"] == 1.0
     assert found["predicted"] == pytest.approx(costs.lowest)
     assert not found["met"]
+
+
+def test_the_table_and_the_command_say_that_a_target_was_missed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missed = {"kind": "size", "asked": 0.5, "predicted": 0.5, "measured": 0.7, "tolerance": 0.05, "met": False}
+    quality = judge(noisy(0.2, 1), noisy(0.25, 2))
+    told = {"wall_seconds": {"total": 1.0}}
+    report = Report(quality, {}, {"dense": 1}, [], [], [], told, target=missed)
+    assert ("target size 0.5 of the dense model's", "1.000", "0.700 MISSED") in report.rows()
+    monkeypatch.setattr("finllm_prune.run.run", lambda *_, **__: report)
+    (tmp_path / "mine.yaml").write_text(json.dumps(target_recipe(tmp_path, tmp_path, {"size": 0.5})))
+    assert call("run", tmp_path / "mine.yaml") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The target was missed: size 0.5 asked, 0.500 predicted, 0.700 measured." in shown
 
 
 @pytest.mark.parametrize(

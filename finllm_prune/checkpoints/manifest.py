@@ -20,6 +20,7 @@ REPORT = "report.json"
 DELTA = "delta.safetensors"  # the one file of a delta, which alone has no model to be proved
 FOR_PEOPLE = ("", ".md", ".yaml", ".png", ".html")
 _SPOT = 1024  # bytes
+_JUNK = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
 
 
 def write_manifest(
@@ -58,6 +59,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     manifest = _read(folder)
     hashes: dict[str, str] = manifest["sha256"]
+    try:
+        for path in folder.glob("*.index.json"):
+            refuse_outside(set(json.loads(path.read_text())["weight_map"].values()), hashes)
+    except _JUNK as error:
+        raise damaged(folder, error) from error
     if changed := _changed(folder, hashes):
         raise ProofError(f"{changed} is missing or is not the file that was proved; export it anew")
     known = {*hashes, MANIFEST, REPORT}
@@ -99,11 +105,9 @@ def _read(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         manifest["sha256"], version, _ = dict(manifest["sha256"]), int(manifest["format_version"]), manifest["format"]
         refuse_outside(manifest["sha256"])
-        for path in folder.glob("*.index.json"):
-            refuse_outside(set(json.loads(path.read_text())["weight_map"].values()), manifest["sha256"])
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} holds no {MANIFEST}: it is not a checkpoint that finllm-prune exported") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
+    except _JUNK as error:
         raise damaged(folder, error) from error
     if version != FORMAT_VERSION:
         raise ProofError(

@@ -107,8 +107,8 @@ def trim(
 
     Special tokens and single characters (or bytes) stay, so that every text can still be encoded; a word whose token is gone
     falls into smaller pieces, which --held-out counts. On texts of kept tokens the model gives the same logits: this is
-    proved from the written files, or nothing is left behind. The more texts, the safer: take all that you can get, not only
-    the labelled ones, and fine-tune afterwards if many tokens change.
+    proved from the written files, or nothing is left behind; ragged stays ragged, and packed packed. The more texts, the safer:
+    take all that you can get, not only the labelled ones, and fine-tune afterwards if many tokens change.
 
     \b
     finllm-prune trim outputs/quickstart/compact small --texts builtin --held-out builtin
