@@ -157,7 +157,7 @@ def test_a_run_that_was_asked_nothing_says_so(finished: Path, tmp_path: Path) ->
 
 
 def test_a_card_says_that_the_target_was_missed(finished: Path, tmp_path: Path) -> None:
-    missed = {"target": {"kind": "flops", "asked": 0.5, "measured": 0.7, "met": False}}
+    missed = {"target": {"kind": "flops", "asked": 0.5, "predicted": 0.5, "measured": 0.7, "met": False}}
     given = figures_of(finished) | {"collapsed": False, "exported": {}}
     card = write_card(given | missed, tmp_path, [])[0].read_text()
     assert "**MISSED the target: flops 0.5 of the dense model's was asked.**" in card
