@@ -113,7 +113,9 @@ def test_compact_of_a_model_without_any_living_neuron(tmp_path: Path, tokenizer:
     torch.testing.assert_close(logits(reloaded), logits(model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "model_type", [name for name in FAMILIES if name != "albert"]
+)  # whose blocks share their weights
 def test_compact_after_whole_layers_are_gone(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str
 ) -> None:
