@@ -88,9 +88,9 @@ def refuse_changed(folder: Path) -> None:
 def spot_check(path: Path) -> None:
     """Raise InputError where a weight file is not the one of the manifest beside it, as far as a look at each tensor tells.
 
-    For ``from_pretrained``: to hash the whole file takes two thirds as long as a packed load (54 MB: 28 ms beside 40 ms of CPU
-    time), this look a fiftieth. It finds a file of another model, and a tensor that was exchanged, negated, scaled or cut;
-    single bytes that changed within a large tensor are for ``refuse_changed`` and ``verify`` to find.
+    For ``from_pretrained``, as to hash the whole file would take a good part of the time of a packed load. It finds a file of
+    another model, and a tensor that was exchanged, negated, scaled or cut; single bytes that changed within a large tensor are
+    for ``refuse_changed`` and ``verify`` to find.
     """
     if (path.parent / MANIFEST).is_file():
         spots = _read(path.parent).get("spots")
