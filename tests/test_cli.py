@@ -213,14 +213,20 @@ def test_inspect_shows_every_layer_with_its_sparsity(
     assert "6,144 weights" in compact[-1]
 
 
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [(True, "model.safetensors is missing or is not the file"), (False, "damaged: its weights cannot be loaded")],
+)
 def test_inspect_of_damaged_weights_is_one_line(
-    call: Call, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Call, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], manifest: bool, message: str
 ) -> None:
     shutil.copytree(finished / "masked", tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not a model")
+    if not manifest:
+        (tmp_path / "damaged" / "finllm_prune.json").unlink()
     assert call("inspect", tmp_path / "damaged") == 2
     error = capsys.readouterr().err
-    assert "damaged: its weights cannot be loaded" in error
+    assert message in error
     assert len(error.strip().splitlines()) == 1
 
 
