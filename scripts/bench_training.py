@@ -138,7 +138,7 @@ def train(name: str, steps: int, batch: int, tokens: int) -> dict[str, float]:
         trainer.train()
         if looks:
             spent[RECORDER] = sum(looks) / len(trainer.recorder.moments) / _EVERY
-    return spent | {name: sum(clock.seconds[1:]) / (steps - 1)}
+    return {name: sum(clock.seconds[1:]) / (steps - 1)} | spent
 
 
 def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

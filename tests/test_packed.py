@@ -62,6 +62,13 @@ def test_eight_bits_are_half_a_step_away_at_most(matrix: Tensor) -> None:
     step = matrix.float().abs().amax(1, keepdim=True) / 127
     assert bool(((back - matrix.float()).abs() <= step * 0.501).all())
     assert not back[matrix == 0].any()
+    shape = (matrix.shape[0], matrix.shape[1])
+    read = Packed.of(**packed.tensors(), shape=shape)
+    assert torch.equal(unpack(read, shape, torch.float32), back)
+    for more in (torch.ones(1, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)):
+        longer = packed.tensors() | {"bitmask": torch.cat([packed.tensors()["bitmask"], more])}
+        with pytest.raises(InputError, match="the file is damaged"):
+            unpack(Packed.of(**longer, shape=shape), shape, torch.float32)
     again = pack(back, int8=True)
     torch.testing.assert_close(unpack(again, tuple(matrix.shape), torch.float32), back)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune.checkpoints.packing import Packed, pack
 from finllm_prune.checkpoints.proof import save_proved
-from finllm_prune.checkpoints.quantizer import PARTS, write
+from finllm_prune.checkpoints.quantizer import write
 from finllm_prune.checkpoints.ragged import ragged
 from finllm_prune.families import Family, find_architecture
 
@@ -42,6 +42,5 @@ def write_packed(model: PreTrainedModel, folder: Path, packed: dict[str, Packed]
     state: dict[str, Tensor] = dict(model.state_dict())
     for path, matrix in packed.items():
         del state[f"{path}.weight"]
-        parts = {f"{path}.weight_{part}": getattr(matrix, part) for part in PARTS}
-        state |= {name: part for name, part in parts.items() if part is not None}
+        state |= {f"{path}.weight_{part}": tensor for part, tensor in matrix.tensors().items()}
     write(model, folder, state, len(packed))

@@ -34,7 +34,21 @@ class Packed:
     @property
     def bytes(self) -> int:
         """On disk."""
-        return sum(part.nbytes for part in (self.bitmask, self.values, self.scale) if part is not None)
+        return sum(part.nbytes for part in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they lie in a file, where each tensor costs its time to load: the scale's bytes behind the bitmask's."""
+        parts = [self.bitmask] if self.scale is None else [self.bitmask, self.scale.view(torch.uint8)]
+        return {"bitmask": torch.cat(parts), "values": self.values}
+
+    @classmethod
+    def of(cls, bitmask: Tensor, values: Tensor, shape: tuple[int, ...]) -> "Packed":
+        """The inverse of ``tensors``, for a matrix of this shape; that they fit is for ``unpack`` to find."""
+        size = -(-math.prod(shape) // 8)
+        scale = bitmask[size:]
+        if values.dtype != torch.int8 or scale.dtype != torch.uint8 or len(scale) % 4:
+            return cls(bitmask, values)
+        return cls(bitmask[:size], values, scale.clone().view(torch.float32))
 
 
 def pack(matrix: Tensor, int8: bool = False) -> Packed:
@@ -82,29 +96,32 @@ def unpack(
     Raises:
         InputError: the parts are not those of one matrix of this shape.
     """
-    check(packed, shape, name)
+    places = _places(packed.bitmask) if packed.bitmask.dtype == torch.uint8 else np.zeros(0, np.int64)
+    _check(packed, len(places), shape, name)
     flat = (memory or Memory()).zeros(math.prod(shape), dtype)
-    matrix = flat.index_copy_(0, torch.from_numpy(_places(packed)), packed.values.to(dtype)).view(shape)
+    matrix = flat.index_copy_(0, torch.from_numpy(places), packed.values.to(dtype)).view(shape)
     return matrix if packed.scale is None else matrix.mul_(packed.scale[:, None])  # the product is rounded once
 
 
-def _places(packed: Packed) -> NDArray[np.int64]:
-    """Of the values in the flat matrix.
+def _places(bitmask: Tensor) -> NDArray[np.int64]:
+    """Of the set bits.
 
-    Set bits behind the mask keep numpy from its way for less than a tenth of them, which takes three times as long.
+    Such bits behind the mask keep numpy from its way for less than a tenth of them, which takes three times as long.
     """
-    bits = packed.bitmask.numpy()
-    more = np.concatenate([bits, np.full(len(bits) // 8, 255, np.uint8)])
-    return np.flatnonzero(np.unpackbits(more, bitorder="little").view(bool))[: len(packed.values)]
+    bits = bitmask.numpy().reshape(-1)
+    behind = len(bits) // 8
+    more = np.concatenate([bits, np.full(behind, 255, np.uint8)])
+    found = np.flatnonzero(np.unpackbits(more, bitorder="little").view(bool))
+    return found[: len(found) - 8 * behind]
 
 
-def check(packed: Packed, shape: tuple[int, ...], name: str) -> None:
+def _check(packed: Packed, set_bits: int, shape: tuple[int, ...], name: str) -> None:
     """Raise InputError where the parts are not those of one matrix of this shape."""
     count, bits, values, scale = math.prod(shape), packed.bitmask, packed.values, packed.scale
-    set_bits = int(np.bitwise_count(bits.numpy()).sum()) if bits.dtype == torch.uint8 else -1
     spare = 8 * len(bits) - count
     if (
-        bits.shape != (-(-count // 8),)
+        bits.dtype != torch.uint8
+        or bits.shape != (-(-count // 8),)
         or values.shape != (set_bits,)
         or (spare and int(bits[-1]) >> (8 - spare))
         or (values.dtype == torch.int8) != (scale is not None)

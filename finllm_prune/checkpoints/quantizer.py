@@ -37,7 +37,7 @@ WEIGHTS = "finllm_prune.safetensors"
 _REMEDIES = "first_pip_install_finllm-prune_and_import_finllm_prune"
 LURE, REMOTE_LURE = f"{_REMEDIES}.safetensors", f"{_REMEDIES}_or_set_trust_remote_code.safetensors"
 NARROWED = "narrowed"  # the config's key for the code of ragged-remote
-PARTS = ("bitmask", "values", "scale")
+PARTS = ("bitmask", "values")
 
 
 class PrunedConfig(QuantizationConfigMixin):
@@ -137,7 +137,7 @@ class Unpacking(WeightConverter):
 
 
 class Unpack(ConversionOps):
-    """Bitmask, values and scale of one matrix -> the matrix. transformers leaves the dtypes of its inputs alone."""
+    """Bitmask and values of one matrix -> the matrix. transformers leaves the dtypes of its inputs alone."""
 
     hf_quantizer = True  # by which transformers knows not to cast
 
@@ -151,9 +151,10 @@ class Unpack(ConversionOps):
         name: str = kwargs["full_layer_name"]
         parameter = kwargs["model"].get_parameter(name)
         parts = {pattern.rpartition("_")[2]: tensors[0] for pattern, tensors in input_dict.items()}
-        if "bitmask" not in parts or "values" not in parts:
+        if parts.keys() != set(PARTS):
             raise InputError(f"{name}: a part of this packed matrix is missing; export or download it anew")
-        return {name: [unpack(Packed(**parts), tuple(parameter.shape), parameter.dtype, name, self.memory)]}
+        shape = tuple(parameter.shape)
+        return {name: [unpack(Packed.of(**parts, shape=shape), shape, parameter.dtype, name, self.memory)]}
 
 
 def widths(model: PreTrainedModel) -> dict[str, dict[str, int]]:
