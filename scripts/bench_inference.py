@@ -35,6 +35,7 @@ from transformers import (
 
 from bench.peers import TorchPruning
 from finllm_prune.checkpoints import GRAPH, find_format, onnx, onnx_int8, serve
+from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.evaluation import alternate, removed, token_ids
 from finllm_prune.families import find_family
 from finllm_prune.hub.base_model import locate
@@ -84,7 +85,7 @@ def gather(
     for name, model in (("dense", dense), ("compact", pruned)):
         graph, int8 = folder / name, folder / f"{name}-int8"
         find_format("onnx")(model, tokenizer, graph)
-        shutil.copytree(graph, int8)
+        shutil.copytree(graph, int8, ignore=shutil.ignore_patterns(MANIFEST))
         onnx_int8.quantize(int8 / GRAPH)
         fp32 = served(graph)
         yield f"{name}, ONNX fp32", fp32
