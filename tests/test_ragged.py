@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from sentence_transformers import CrossEncoder
 from transformers import (
     AutoModel,
@@ -146,6 +146,13 @@ def test_a_loaded_model_trains_resumes_and_takes_adapters(exported: Path, tmp_pa
     assert torch.equal(logits(resumed), logits(model))
     adapted = get_peft_model(
         copy.deepcopy(model), LoraConfig(target_modules=["query", "dense"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "base")
+    arguments.save_strategy = "no"
+    Trainer(adapted, arguments, train_dataset=Dataset.from_list(rows)).train()
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")), logits(adapted)
     )
     merged = adapted.merge_and_unload()
     assert not torch.allclose(logits(merged), logits(model), atol=1e-3)
