@@ -86,7 +86,7 @@ TARGET = (
     "more",
     [
         pytest.param([], id="rules"),
-        pytest.param(["peft={r: 4, gradients: exact}"], id="adapters, exact gradients"),
+        pytest.param(["peft={r: 4, gradients: exact}"], id="adapters, exact gradients", marks=pytest.mark.full),
         pytest.param(["peft={r: 4}"], id="adapters, estimated gradients", marks=pytest.mark.full),
         pytest.param([TARGET, "recovery={max_steps: 4}"], id="target, recovery", marks=pytest.mark.full),
     ],

@@ -230,7 +230,7 @@ def test_a_file_that_was_cut_off_is_refused(spoilt: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_name", ["ragged", "packed"])
+@pytest.mark.parametrize("format_name", ["ragged", pytest.param("packed", marks=pytest.mark.full)])
 def test_the_import_may_come_first_or_last_but_not_be_absent(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, format_name: str
 ) -> None:

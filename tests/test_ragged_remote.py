@@ -60,7 +60,7 @@ def without_us(folder: Path, *lines: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.full), "deberta-v2"])
 def test_without_the_package_the_code_gives_the_same_logits(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
 ) -> None:

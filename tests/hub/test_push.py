@@ -258,6 +258,7 @@ def test_a_hub_that_fails_for_long_shows_nothing_and_the_second_push_goes_on(
     assert uploads(hub) == []
 
 
+@pytest.mark.full
 def test_a_connection_that_is_cut_again_and_again(hub: LoopbackHub, shell: Shell, out: Path, name: str) -> None:
     """One of the two weights arrives; it is not sent again."""
     large = hub_oid(out / "masked" / "model.safetensors")
