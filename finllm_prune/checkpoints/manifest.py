@@ -57,7 +57,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError, ProofError: as ``verify``.
     """
-    manifest = _read(folder)
+    manifest = manifest_alone(folder)
     hashes: dict[str, str] = manifest["sha256"]
     try:
         for path in folder.glob("*.index.json"):
@@ -81,7 +81,7 @@ def refuse_changed(folder: Path) -> None:
     A folder without a manifest is taken as it is: ``save_pretrained`` wrote it. Not covered: files that the manifest does
     not name, which ``verify`` refuses.
     """
-    if (folder / MANIFEST).is_file() and (changed := _changed(folder, _read(folder)["sha256"])):
+    if (folder / MANIFEST).is_file() and (changed := _changed(folder, manifest_alone(folder)["sha256"])):
         raise InputError(_not_proved(changed))
 
 
@@ -93,14 +93,14 @@ def spot_check(path: Path) -> None:
     for ``refuse_changed`` and ``verify`` to find.
     """
     if (path.parent / MANIFEST).is_file():
-        spots = _read(path.parent).get("spots")
+        spots = manifest_alone(path.parent).get("spots")
         expected = spots.get(path.name) if isinstance(spots, dict) else None
         if expected is not None and spots_sha256(path) != expected:
             raise InputError(_not_proved(path))
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The manifest alone, whatever the files beside it hold; raises as ``verify`` does."""
+def manifest_alone(folder: Path) -> dict[str, Any]:
+    """Without a look at the files beside it; raises as ``verify`` does."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         manifest["sha256"], version, _ = dict(manifest["sha256"]), int(manifest["format_version"]), manifest["format"]

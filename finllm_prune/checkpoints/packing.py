@@ -34,12 +34,13 @@ class Packed:
     @property
     def bytes(self) -> int:
         """On disk."""
-        return sum(part.nbytes for part in self.tensors().values())
+        return sum(part.nbytes for part in (self.bitmask, self.values, self.scale) if part is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """As they lie in a file, where each tensor costs its time to load: the scale's bytes behind the bitmask's."""
-        parts = [self.bitmask] if self.scale is None else [self.bitmask, self.scale.view(torch.uint8)]
-        return {"bitmask": torch.cat(parts), "values": self.values}
+        scale = self.scale
+        bits = self.bitmask if scale is None else torch.cat([self.bitmask, scale.view(torch.uint8)])
+        return {"bitmask": bits, "values": self.values}
 
     @classmethod
     def of(cls, bitmask: Tensor, values: Tensor, shape: tuple[int, ...]) -> "Packed":

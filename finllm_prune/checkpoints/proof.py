@@ -11,7 +11,7 @@ from transformers import AutoConfig, DataCollator, PreTrainedModel, PreTrainedTo
 
 from finllm_prune import inference
 from finllm_prune.checkpoints.formats import FORMATS, SERVED, find_format, serve
-from finllm_prune.checkpoints.manifest import DELTA, damaged, read_manifest, write_manifest
+from finllm_prune.checkpoints.manifest import DELTA, damaged, manifest_alone, read_manifest, write_manifest
 from finllm_prune.errors import ProofError, one_line
 from finllm_prune.families import auto_class, find_architecture
 from finllm_prune.staging import staged
@@ -61,7 +61,7 @@ def prove_rows(
     """
     few = rows.select(range(min(ROWS, len(rows))))
     got, expected = (inference.logits_of(each, few, collator) for each in (served, model))
-    compare_logits(got, expected, folder, float(read_manifest(folder)["probe"]["tolerance"]))
+    compare_logits(got, expected, folder, float(manifest_alone(folder)["probe"]["tolerance"]))
 
 
 def verify(folder: Path) -> dict[str, Any]:

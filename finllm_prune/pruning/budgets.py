@@ -145,8 +145,11 @@ class Uniform:
     def _width(self, density: float, units: int) -> int:
         if density >= 1:
             return units
-        width = round(density * units / self.multiple) * self.multiple
-        return min(units, max(self.multiple, width))
+        return min(units, max(self.multiple, self.nearest(density, units)))
+
+    def nearest(self, density: float, units: int) -> int:
+        """The multiple that is nearest to this part of the units: none of them, it may be, or more than there are."""
+        return round(density * units / self.multiple) * self.multiple
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,16 @@ def refuse_unreachable(groups: Sequence[Group]) -> None:
         own = [group for group in groups if group.rule is rule]
         if isinstance(rule.budget, Uniform):
             for group in own:
-                _refuse_all_or_none(rule, [group], rule.budget.multiple)
+                _refuse_all_or_none(rule, [group], rule.budget)
         else:
-            _refuse_all_or_none(rule, own)
+            _refuse_all_or_none(rule, own, Uniform())
 
 
-def _refuse_all_or_none(rule: Rule, groups: list[Group], multiple: int = 1) -> None:
+def _refuse_all_or_none(rule: Rule, groups: list[Group], rounding: Uniform) -> None:
     if rule.sparsity is None:
         return
     units, least = sum(group.units for group in groups), len(groups)
-    kept = round((1.0 - rule.sparsity) * units / multiple) * multiple
+    kept, multiple = rounding.nearest(1.0 - rule.sparsity, units), rounding.multiple
     where = groups[0].name if least == 1 else f"each of {groups[0].name} and {least - 1} more"
     widths = f", kept in multiples of {multiple}" if multiple > 1 else ""
     said = f"pruning.rules: sparsity {rule.sparsity} of the {units} units{widths}"
