@@ -16,14 +16,11 @@ fp32 graphs, and Torch-Pruning's model of the same size (pip install 'finllm-pru
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -33,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bench.contest import BASELINE, Contestant, size, table
 from bench.peers import TorchPruning
 from finllm_prune.checkpoints import GRAPH, find_format, onnx, onnx_int8, serve
 from finllm_prune.checkpoints.manifest import MANIFEST
@@ -40,16 +38,6 @@ from finllm_prune.evaluation import alternate, removed, token_ids
 from finllm_prune.families import find_family
 from finllm_prune.hub.base_model import locate
 from finllm_prune.pruning import Constant, Head, Magnitude, Neuron, Pruner, Rule
-
-BASELINE = "dense, eager"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """Something to measure: its size, and how to make the callable for a number of threads (torch has that many)."""
-
-    bytes: int
-    engine: Callable[[int], Callable[..., Any]]
 
 
 def main() -> None:
@@ -135,11 +123,6 @@ def served(folder: Path) -> Contestant:
     return Contestant((folder / GRAPH).stat().st_size, lambda threads: serve(folder, threads))
 
 
-def size(model: PreTrainedModel) -> int:
-    """Bytes of the weights."""
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
 class OpenVino:
     """A graph in OpenVINO, behind the call of a model."""
 
@@ -153,19 +136,6 @@ class OpenVino:
     def __call__(self, **inputs: Tensor) -> Any:
         blank = torch.zeros_like(inputs["input_ids"])  # of token types
         return self.model({name: inputs.get(name, blank).numpy() for name in self.inputs})
-
-
-def table(contestants: dict[str, Contestant], times: dict[str, NDArray[np.float64]], batch: int) -> str:
-    """Markdown."""
-    lines = ["| | MB | ms, median [quartiles] | texts/s | × dense eager |", "|---|---|---|---|---|"]
-    for name, series in times.items():
-        low, median, high = np.percentile(series, [25, 50, 75])
-        faster = np.median(times[BASELINE] / series)
-        lines.append(
-            f"| {name} | {contestants[name].bytes / 1e6:.1f} | {median:.1f} [{low:.1f}, {high:.1f}] | "
-            f"{1e3 * batch / median:.1f} | {faster:.2f} |"
-        )
-    return "\n".join(lines)
 
 
 def command_line() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Quality of pruning methods at equal steps: ours, other projects', and dense fine-tuning as the ceiling.
 
-    python scripts/bench_methods.py --data DATA --sparsities 0.5 0.75 0.9 --seeds 42 43 44 --out outputs/bench_methods
-    python scripts/bench_methods.py --data DATA --methods dense movement --sparsities 0.9 --seeds 42 --threads 1
+    python scripts/bench_methods.py --data DATA --sparsities 0.5 0.75 0.9 --seeds 3 --out outputs/bench_methods
+    python scripts/bench_methods.py --data DATA --methods dense movement --sparsities 0.9 --seeds 1 --threads 1
     python scripts/bench_methods.py --table-only --out outputs/bench_methods
 
 One dense model is fine-tuned per seed; every method then starts from it and gets the same batches, steps and, unless its name
@@ -74,7 +74,7 @@ def grid(args: argparse.Namespace) -> tuple[Protocol, list[Cell]]:
     protocol = Protocol(**{name: getattr(args, name) for name in names})
     cells = [
         protocol.cell(method, sparsity, seed, rate)
-        for seed in args.seeds
+        for seed in range(args.seed, args.seed + args.seeds)
         for sparsity in (0.0, *args.sparsities)
         for method in args.methods
         if METHODS[method].dense == (sparsity == 0)
@@ -113,7 +113,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of train/validation/test splits")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--seeds", type=int, default=3, help="how many, counted on from --seed")
+    parser.add_argument("--seed", type=int, default=42, help="the first")
     parser.add_argument(
         "--methods", nargs="+", default=DEFAULT, metavar="METHOD", help=f"of {', '.join(METHODS)}; default: {' '.join(DEFAULT)}"
     )  # fmt: skip

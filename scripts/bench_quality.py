@@ -12,5 +12,5 @@ if __name__ == "__main__":
     main(
         methods=["dense", "movement", "torch_gradual"],
         sparsities=[0.75, 0.9],
-        seeds=[42],
+        seeds=1,
     )

@@ -42,7 +42,7 @@ def bench(room: Room, tiny_folder: small.TinyFolder, tmp_path: Path, monkeypatch
 
     def main(*arguments: str) -> list[dict[str, Any]]:
         fixed = ["--data", str(data), "--model", str(model), "--rows", "24", "--dense-epochs", "1", "--out", str(out)]
-        room("bench_methods").main([*fixed, "--epochs", "4", "--seeds", "1", *arguments])
+        room("bench_methods").main([*fixed, "--epochs", "4", "--seeds", "1", "--seed", "1", *arguments])
         return list(room("bench.cells").read(out).values())
 
     return main
