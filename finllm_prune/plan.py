@@ -233,7 +233,7 @@ def _teacher(
     ready: Prepared, student: PreTrainedModel, depth: int, folder: Path, seconds: dict[str, float]
 ) -> tuple[Teacher | None, datasets.Dataset]:
     """Whom the student imitates; and the training rows, few and with its answers where these are kept, in ``seconds``."""
-    recipe, args, every = ready.recipe, ready.arguments, ready.tokens["train"]
+    recipe, args, every = ready.recipe, ready.arguments, ready.taught
     if recipe.distillation is None:
         return None, every
     model = copy.deepcopy(ready.model)
@@ -267,7 +267,8 @@ def _few_steps(
             processing_class=ready.tokenizer, callbacks=[watch, *callbacks],
             task_loss=ready.recipe.task.loss(ready.examples), **parts,
         )  # fmt: skip
-        batches = len(trainer.get_train_dataloader()) * len(ready.tokens["train"]) / len(rows)
+        every = ready.tokens["train"] if phase == "dense" else ready.taught
+        batches = len(trainer.get_train_dataloader()) * len(every) / len(rows)
         per_epoch = max(1, int(batches) // whole.gradient_accumulation_steps)
         trainer.remove_callback(PrinterCallback)  # a plan is one table
         with watch.activations():

@@ -67,6 +67,7 @@ class Prepared:
         costs: of heads and neurons, where the recipe has a target.
         encoder: what sentence-transformers takes for the encoder of ``recipe.cosines``.
         kept_bytes: of the hidden states that ``distillation.cache`` is to keep on disk; 0 where it keeps none.
+        unlabelled: tokenized rows whose labels the teacher is yet to give; None without.
     """
 
     recipe: Recipe
@@ -83,6 +84,13 @@ class Prepared:
     costs: Costs | None
     encoder: str | None = None
     kept_bytes: int = 0
+    unlabelled: datasets.Dataset | None = None
+
+    @property
+    def taught(self) -> datasets.Dataset:
+        """What the pruned model learns from: the training rows, then those without labels."""
+        train = self.tokens["train"]
+        return train if self.unlabelled is None else datasets.concatenate_datasets([train, self.unlabelled])
 
 
 def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
@@ -141,8 +149,9 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
         check_vocabulary(work, vocabulary[0])
     recipe.task.loss(examples)  # class weights that do not fit are told now
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
+    unlabelled = _unlabelled(recipe, examples, tokenizer)
     teacher = _teacher(recipe, examples, tokens["train"])
-    kept = _kept_bytes(recipe, config, teacher, tokens["train"])
+    kept = sum(_kept_bytes(recipe, config, teacher, rows) for rows in (tokens["train"], unlabelled) if rows is not None)
     if kept > 0 and not resume:
         refuse_no_room(kept, work)
     encoder = _encoder(recipe)
@@ -154,8 +163,18 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
         costs = price(target, model, small, groups, engine_of(target), share)
     return Prepared(
         recipe, work, arguments, examples, tokens, tokenizer, model, location, origin, teacher, vocabulary, costs, encoder,
-        kept,
+        kept, unlabelled,
     )  # fmt: skip
+
+
+def _unlabelled(recipe: Recipe, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset | None:
+    if examples.unlabelled is None:
+        return None
+    if recipe.distillation is None:
+        raise InputError(
+            "task.unlabelled: without a teacher nobody labels these texts; remove it, or distillation: null"
+        )
+    return recipe.task.tokenize(examples.unlabelled, tokenizer)
 
 
 def _check_gates(recipe: Recipe, examples: Examples) -> None:
@@ -280,6 +299,7 @@ def _trim(
     """The model is cut in place; what that changes is counted on the splits that training does not see."""
     texts = {name: examples.texts(name) for name in examples.splits}
     used = texts["train"] if asked.texts == "train" else [text for split in texts.values() for text in split]
+    used += examples.unlabelled["text"] if examples.unlabelled is not None else []
     if asked.extra is not None:
         used += read_texts(asked.extra, "vocabulary.extra")
     trimmed = trim(model, tokenizer, used, asked.min_count)

@@ -25,6 +25,7 @@ from finllm_prune.prepare import Prepared, prepare, training_arguments
 from finllm_prune.pruning import Calibrated, Pruner, Sensitivity, split_mesh
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import staged
+from finllm_prune.tasks.classification import Classification
 from finllm_prune.training import (
     COSINES,
     PruningTrainer,
@@ -40,7 +41,9 @@ from finllm_prune.training import (
     prune_once,
     sample_batches,
     with_kept_logits,
+    with_teacher_logits,
 )
+from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 from finllm_prune.training.trainer import complete_checkpoint
 from finllm_prune.workfolder import CHECKPOINTS
 
@@ -186,15 +189,30 @@ def _recover(
 
 def _teacher(ready: Prepared, student: PreTrainedModel, depth: int) -> tuple[Teacher | None, datasets.Dataset]:
     """Whom the student imitates, block by block of its first ``depth``; and the training rows, with its answers if kept."""
-    recipe, rows = ready.recipe, ready.tokens["train"]
+    recipe = ready.recipe
     if recipe.distillation is None:
-        return None, rows
+        return None, ready.tokens["train"]
     model = load_model(recipe.task, ready.teacher or str(ready.work / "dense"), ready.examples.labels)
+    rows = taught_rows(ready, model)
     teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
     if recipe.distillation.cache:
         teacher.to(ready.arguments.device)
         rows = teacher.keep_answers(rows, recipe.task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
     return teacher, rows
+
+
+def taught_rows(ready: Prepared, teacher: PreTrainedModel) -> datasets.Dataset:
+    """What the pruned model learns from; of texts without labels what the teacher says is right."""
+    if ready.unlabelled is None:
+        return ready.taught
+    task = ready.recipe.task
+    assert isinstance(task, Classification), "no other task takes such texts"
+    nn.Module.to(teacher, device=ready.arguments.device)
+    rows = with_teacher_logits(teacher, ready.unlabelled, task.collator(ready.tokenizer), ready.work / CHECKPOINTS)
+    labels = task.labels_of(torch.tensor(rows[TEACHER_LOGITS]))
+    train, texts = ready.tokens["train"], ready.unlabelled.remove_columns("labels")
+    answered = texts.add_column("labels", labels, feature=train.features["labels"])
+    return datasets.concatenate_datasets([train, answered])
 
 
 def _calibrate(ready: Prepared, student: PreTrainedModel, pruner: Pruner) -> None:

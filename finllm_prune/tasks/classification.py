@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import datasets
 import numpy as np
 import pandas as pd
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollator,
@@ -30,8 +31,9 @@ from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers, without_
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
-from finllm_prune.tasks.splitting import SPLITS, Split, divided, filled, leakage, without_copies
+from finllm_prune.tasks.splitting import SPLITS, Split, divided, filled, leakage, not_in, without_copies
 from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, check_columns, read_splits, split_files
+from finllm_prune.tasks.texts import read_texts
 
 Tables = dict[str, datasets.Dataset]
 
@@ -63,6 +65,9 @@ class Classification:
         id_column: names of rows; one that comes twice is a bad row.
         config, revision: of a Hub id: which of its configurations, at which branch or commit; None takes its main ones.
         keep_columns: columns that stay beside the texts, for the slices of a suite.
+        unlabelled: a .txt (a text a line), .jsonl, .csv or .parquet file, or a folder whose train split counts, of texts
+            without labels. The pruned model learns from them too, what its teacher says of them (pseudo-labels, Lee 2013).
+            Copies of what lies in a split are left out, and an epoch is longer by the rest.
     """
 
     auto_class: ClassVar = AutoModelForSequenceClassification
@@ -91,12 +96,15 @@ class Classification:
     config: str | None = None
     revision: str | None = None
     keep_columns: list[str] = field(default_factory=list)
+    unlabelled: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 3:
             raise InputError(f"task.max_length: a text needs at least 3 tokens, not {self.max_length}")
         if self.focal_gamma < 0:
             raise InputError(f"task.focal_gamma: the power is not negative, as {self.focal_gamma:g} is")
+        if self.unlabelled is not None and self.pair_column is not None:
+            raise InputError("task.unlabelled: texts alone are no pairs; remove it, or pair_column")
         self._label_column.check({"focal_gamma": self.focal_gamma, "class_weights": self.class_weights})
 
     def load(self) -> Examples:
@@ -134,9 +142,12 @@ class Classification:
         if self.deduplicate:
             splits, facts["dropped_copies"] = without_copies(splits)
         facts["leakage"] = leakage(splits)
+        unlabelled = None
+        if self.unlabelled is not None:
+            unlabelled, facts["unlabelled"] = self._unlabelled(self.unlabelled, splits)
         if self.scores is not None:
             facts["scores"] = {name: _summary(list(rows["label"])) for name, rows in splits.items()}
-        return Examples(splits, labels, source, facts, bad.left_out())
+        return Examples(splits, labels, source, facts, bad.left_out(), unlabelled)
 
     def loss(self, examples: Examples) -> Loss | None:
         """That of scores or label sets; of classes one weighted or focal, where that is asked for."""
@@ -178,6 +189,14 @@ class Classification:
             "label2id": numbers,
             "problem_type": kind,
         }
+
+    def labels_of(self, logits: Tensor) -> list[Any]:
+        """What a model says of each row, as the labels of the data are; ``logits``: (rows, outputs)."""
+        if self.scores is not None:
+            return logits[:, 0].tolist()
+        if self.label_sets is not None:
+            return (logits.double().sigmoid() >= self.label_sets.threshold).float().tolist()
+        return logits.argmax(-1).tolist()
 
     def judge(self, examples: Examples, split: str = "test") -> Judge:
         right = np.array(list(examples.splits[split]["label"]))
@@ -242,6 +261,17 @@ class Classification:
         types = dict.fromkeys(texts, datasets.Value("string")) | {"label": self._label_column.feature}
         asked = list(dict.fromkeys([*texts.values(), self.label_column]))
         return rewritten(raw.select_columns(asked), read, datasets.Features(types))
+
+    def _unlabelled(self, source: str, splits: Tables) -> tuple[datasets.Dataset, dict[str, int]]:
+        """Texts that lie in no split, with any label; and how many were left out."""
+        texts = read_texts(source, "task.unlabelled")
+        new = not_in(self.prepared(texts), splits)
+        if not new:
+            raise InputError(f"task.unlabelled: every text of {source} lies in a split already; name other texts")
+        label = splits["train"].features["label"]
+        rows = {"text": new, "label": [splits["train"][0]["label"]] * len(new)}
+        types = datasets.Features({"text": datasets.Value("string"), "label": label})
+        return datasets.Dataset.from_dict(rows, types), {"rows": len(new), "copies_left_out": len(texts) - len(new)}
 
     def _check_ids(self, tables: Tables, bad: BadRows) -> None:
         """A name that comes twice, in whatever splits, is a fault of the later row."""

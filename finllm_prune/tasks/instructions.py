@@ -30,7 +30,7 @@ from finllm_prune.tasks.label_column import LabelColumn
 from finllm_prune.tasks.task import Examples, Loss
 
 _QUESTION = f"What is the sentiment of this news?\n{TEXT}\nAnswer:"
-_OF_CLASSES = ("scores", "label_sets", "class_weights", "focal_gamma", "pair_column")
+_OF_CLASSES = ("scores", "label_sets", "class_weights", "focal_gamma", "pair_column", "unlabelled")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Instructions(Classification):
             name: rewritten(rows, complete if name == "train" else choose) for name, rows in examples.splits.items()
         }
         facts = examples.facts | {"template": self._asked}
-        return InstructionExamples(splits, ["completion"], examples.source, facts, examples.left_out, choices)
+        return InstructionExamples(splits, ["completion"], examples.source, facts, examples.left_out, choices=choices)
 
     def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
         """It writes prompts as they were learned, and can pad."""

@@ -133,7 +133,9 @@ class Reranking:
         for split, whys in lost.items():
             told = ", ".join(f"{count} with {why}" for why, count in whys.items())
             logger.warning("task.dataset: queries of %s are left out: %s.", split, told)
-        return RankingExamples(splits, ["relevance"], data.source, facts, data.left_out, data.judged, pools)
+        return RankingExamples(
+            splits, ["relevance"], data.source, facts, data.left_out, judged=data.judged, pools=pools
+        )
 
     def fit_tokenizer(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
         """CrossEncoder reads from it how long pairs may be and how they are put into words."""

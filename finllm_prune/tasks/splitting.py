@@ -153,6 +153,17 @@ def without_copies(splits: dict[str, datasets.Dataset]) -> tuple[dict[str, datas
     return {name: kept[name] for name in SPLITS}, {name: lost[name] for name in SPLITS}
 
 
+def not_in(texts: Sequence[str], splits: dict[str, datasets.Dataset]) -> list[str]:
+    """Those without a near copy in any split, nor among the texts before them."""
+    seen = {_hash(near_key(text)) for rows in splits.values() for text in rows["text"]}
+    new = []
+    for text in texts:
+        if (key := _hash(near_key(text))) not in seen:
+            seen.add(key)
+            new.append(text)
+    return new
+
+
 def leakage(splits: dict[str, datasets.Dataset]) -> dict[str, dict[str, int]]:
     """For each two splits, how many rows of the later one lie in the earlier one too: ``exact``, and ``near`` copies of it."""
     texts = {name: [(_hash(text), _hash(near_key(text))) for text in _whole_texts(splits[name])] for name in SPLITS}

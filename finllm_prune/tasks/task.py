@@ -38,6 +38,7 @@ class Examples:
         source: where the rows come from, in words.
         facts: what was done to the rows and found in them, for the report.
         left_out: each bad row; see ``BadRows.left_out``.
+        unlabelled: more training rows, whose labels mean nothing before a teacher has given them; None without.
     """
 
     splits: dict[str, datasets.Dataset]
@@ -45,6 +46,7 @@ class Examples:
     source: str
     facts: dict[str, Any] = field(default_factory=dict)
     left_out: list[dict[str, Any]] = field(default_factory=list)
+    unlabelled: datasets.Dataset | None = None
 
     def reordered(self, labels: list[str]) -> "Examples":
         """The same rows with the class names in another order."""
@@ -74,13 +76,15 @@ class Examples:
         return [self.labels[label]] if isinstance(label, int) else [self.labels[i] for i, on in enumerate(label) if on]
 
     def fingerprint(self) -> str:
-        """sha256 over all rows of all splits, in order."""
+        """sha256 over all rows of all splits, in order, and the texts without labels."""
         digest = hashlib.sha256()
         for name, rows in self.splits.items():
             pairs = [f"{pair}\0" for pair in rows["pair"]] if "pair" in rows.column_names else [""] * len(rows)
             for text, pair, label in zip(rows["text"], pairs, rows["label"], strict=True):
                 named = repr(label) if isinstance(label, float) else "\1".join(sorted(self._names(label)))
                 digest.update(f"{name}\0{text}\0{pair}{named}\0".encode())
+        for text in self.unlabelled["text"] if self.unlabelled is not None else ():
+            digest.update(f"unlabelled\0{text}\0".encode())
         return digest.hexdigest()
 
 

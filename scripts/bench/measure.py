@@ -20,7 +20,7 @@ from finllm_prune.prepare import Prepared, prepare
 from finllm_prune.provenance import provenance
 from finllm_prune.pruning import Pruner
 from finllm_prune.run import dense as dense_of
-from finllm_prune.run import prune
+from finllm_prune.run import prune, taught_rows
 from finllm_prune.training import Teacher, drop_out
 
 
@@ -39,12 +39,13 @@ def run(cell: Cell, protocol: Protocol) -> Row:
     family = find_family(student.config.model_type)
     layers = range(len(family.layers(student)))
     parts: dict[str, Any] = {}
+    rows = taught_rows(ready, dense)
     if plan.distillation is not None and plan.recovery is None:
         teacher = parts["teacher"] = Teacher(dense, plan.distillation, layers)
         teacher.to(ready.arguments.device)
         collator = plan.task.collator(ready.tokenizer)
         with claimed(protocol.out, f"teacher-{source.name}", wait=True):
-            parts["train_dataset"] = teacher.keep_answers(ready.tokens["train"], collator, protocol.out / "teachers")
+            parts["train_dataset"] = teacher.keep_answers(rows, collator, protocol.out / "teachers")
     pruner = None
     if plan.recovery is None and "pruning" in method.recipe:
         rules = plan.pruning.rules

@@ -18,10 +18,12 @@ class Method:
     Args:
         recipe: what differs from the protocol's recipe; the rules in it get their sparsity from the command line.
         peer: makes the callback of another pruner for a sparsity.
+        unlabelled: the other training rows are learned from too, without their labels; as many steps.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
     peer: Callable[[float], Peer] | None = None
+    unlabelled: bool = False
 
     @property
     def dense(self) -> bool:
@@ -106,6 +108,11 @@ METHODS = {
     "structured_taylor_recovery_apart": recovered_apart(structured("taylor")),
     "structured_taylor_recovery_no_moments": recovered_apart(structured("taylor"), keep_moments=False),
     "structured_taylor_early": at_full_size(recovered(structured("taylor"))),
+    "dense_unlabelled": Method(unlabelled=True),
+    "movement_unlabelled": replace(unstructured("movement"), unlabelled=True),
+    "structured_taylor_unlabelled": replace(structured("taylor"), unlabelled=True),
+    "structured_taylor_recovery_apart_unlabelled": replace(recovered_apart(structured("taylor")), unlabelled=True),
+    "torch_pruning_taylor_unlabelled": replace(OTHERS["torch_pruning_taylor"], unlabelled=True),
     "movement_factored": unstructured({"name": "movement", "moments": "factored"}),
     "movement_for_good": for_good(unstructured({"name": "movement", "moments": "factored"})),
     "neurons": rules({"target": "mlp", "structure": "neuron", "criterion": "movement", "budget": "uniform"}),

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finllm_prune.recipe import Recipe, parse
 from finllm_prune.staging import staged
 from finllm_prune.training import PruningTrainer
 
+_BATCH = 32
 _NOT_USED = [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]
 
 
@@ -39,6 +41,7 @@ class Protocol:
         method = METHODS[name]
         plan = self.recipe(method, sparsity, seed, learning_rate, self.out).resolved
         own: dict[str, Any] = {"distillation": plan["distillation"], "training": method.recipe.get("training", {})}
+        own["unlabelled"] = method.unlabelled
         if "pruning" in method.recipe:
             own["pruning"] = plan["pruning"] | {
                 "rules": [rule | {"sparsity": None} for rule in plan["pruning"]["rules"]]
@@ -72,13 +75,21 @@ class Protocol:
             given = given | {"rules": [{**rule, "sparsity": sparsity} for rule in given["rules"]]}
         training = {
             "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": _BATCH,
             "warmup_steps": 0.06,
             "weight_decay": 0.01,
             "train_sampling_strategy": "group_by_length",
         }
         if self.bf16:
             training |= {"bf16": True, "use_cpu": not torch.cuda.is_available()}
+        training |= method.recipe.get("training", {})
+        changes = method.recipe
+        task = {"name": "sentiment", "dataset": str(self.data), "max_length": 64, "train_rows": self.rows}
+        if method.unlabelled:  # then an epoch is longer, but there are as many steps
+            task |= {"unlabelled": str(self.data)}
+            training |= {"max_steps": self._steps(training)}
+            if recovery := changes.get("recovery"):
+                changes = changes | {"recovery": recovery | {"max_steps": self._steps(recovery)}}
         # The teacher of a seed is the same for all of its cells, so it runs once.
         distillation = method.recipe.get("distillation", {})
         if distillation is not None:
@@ -86,18 +97,21 @@ class Protocol:
         return parse(
             {
                 "model": self.model,
-                "task": {"name": "sentiment", "dataset": str(self.data), "max_length": 64, "train_rows": self.rows},
-                **method.recipe,
+                "task": task,
+                **changes,
                 "distillation": distillation,
                 "pruning": {"rules": _NOT_USED, **given},
-                "training": training
-                | method.recipe.get("training", {})
-                | {"seed": seed, "learning_rate": learning_rate},
+                "training": training | {"seed": seed, "learning_rate": learning_rate},
                 "dense": {"checkpoint": str(dense)} if dense else {},
                 "export": ["masked"],
                 "output": str(output),
             }
         )
+
+    def _steps(self, arguments: dict[str, Any]) -> int:
+        """Of so many epochs over the rows with labels."""
+        epochs: float = arguments["num_train_epochs"]
+        return ceil(ceil(self.rows / _BATCH) * epochs)
 
     def dense_model(self, seed: int) -> Path:
         """The folder of a seed's dense model, which is trained by whoever needs it first."""
