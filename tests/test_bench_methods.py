@@ -91,6 +91,18 @@ def test_a_killed_bench_goes_on_and_a_changed_default_is_a_new_cell(
     assert "not the newest: 1." in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_texts_without_labels_take_no_more_steps(bench: Bench, room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room("bench.protocol"), "_BATCH", 8)
+    methods = ("dense", "dense_unlabelled", "structured_taylor_recovery_apart_unlabelled")
+    rows = {row["method"]: row for row in bench("--rows", "12", "--methods", *methods, "--sparsities", "0.5")}
+    assert [rows[name]["steps"] for name in methods] == [8, 8, 16], (
+        "two batches of 12 rows, whatever else is learned from"
+    )
+    assert rows["dense_unlabelled"]["settings"]["method"]["unlabelled"] is True
+    assert "unlabelled" not in rows["dense"]["settings"]["method"]
+
+
 def test_a_claim_ends_with_its_process(room: Room, tmp_path: Path) -> None:
     claimed = room("bench.cells").claimed
     hold = (
