@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +28,7 @@ from finllm_prune.pruning import (
     Cubic,
     Global,
     Head,
+    Layer,
     Neuron,
     Pruner,
     Rule,
@@ -44,8 +45,17 @@ from tests.pruning.runs import Batch
 # 66 neurons lie on four ranks as 17, 17, 17 and 15, so that blocks of two rows are cut apart.
 STRUCTURES: dict[str, Structure] = {
     "unstructured": Unstructured(), "block": Block(2, 2), "neuron": Neuron(), "head": Head(), "n:m": NM(1, 2),
+    "layer": Layer(),
 }  # fmt: skip
-COMBINATIONS = list(itertools.product(STRUCTURES, ("movement", "magnitude", "platon")))
+COMBINATIONS = [
+    *itertools.product([name for name in STRUCTURES if name != "layer"], ("movement", "magnitude", "platon")),
+    *itertools.product(("neuron", "layer"), ("soft_movement", "l0")),
+    ("layer", "movement"),
+]
+UNDER = {
+    "ddp": [*COMBINATIONS, ("unstructured", "soft_movement")],
+    "fsdp2": COMBINATIONS,  # a steered criterion of single weights is refused there
+}
 STEPS, ACCUMULATED = 10, 2
 Wrap = Callable[[PreTrainedModel], nn.Module]
 
@@ -73,8 +83,12 @@ def global_batch(step: int) -> Batch:
 
 def train(
     model: nn.Module, pruner: Pruner, ranks: int, rank: int, steps: range = range(STEPS), momentum: float = 0.9,
-) -> None:  # fmt: skip
-    """Each rank takes its rows of the batch, in two parts; SGD, for Adam turns the rounding of a zero gradient into a step."""
+) -> dict[str, Tensor]:  # fmt: skip
+    """Each rank takes its rows of the batch, in two parts; SGD, for Adam turns the rounding of a zero gradient into a step.
+
+    Returns the scores of larger units than single weights, which lie whole on each rank, before the masks freeze.
+    """
+    scores: dict[str, Tensor] = {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
     for step in steps:
         batch = global_batch(step)
@@ -88,6 +102,9 @@ def train(
         optimizer.step()
         pruner.after_step()
         optimizer.zero_grad()
+        if not pruner.frozen and not pruner.groups[0].rule.structure.single:
+            scores = pruner.scores()
+    return scores
 
 
 def sharded(mesh: DeviceMesh) -> Wrap:
@@ -101,21 +118,21 @@ def sharded(mesh: DeviceMesh) -> Wrap:
 
 
 def run(structure: str, criterion: str, ranks: int, rank: int, wrap: Wrap | None = None) -> dict[str, Any]:
-    """The hash of the masks, the sparsity and the whole weights at the end (on the first rank) of one run."""
+    """The hash of the masks, the sparsity and the whole weights at the end (on the first rank) of one run, and its scores."""
     model = make_model()
     pruner = make_pruner(model, structure, criterion)
     wrapped = model if wrap is None else wrap(model)
     pruner.follow(model)
-    train(wrapped, pruner, ranks, rank)
+    scores = train(wrapped, pruner, ranks, rank)
     pruner.finish()
     assert pruner.holds()
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {"hash": pruner.mask_hash(), "sparsity": pruner.sparsity(), "weights": weights}
+    return {"hash": pruner.mask_hash(), "sparsity": pruner.sparsity(), "weights": weights, "scores": scores}
 
 
-def compare(wrap: Wrap, rank: int, ranks: int) -> dict[str, Any]:
+def compare(engine: str, wrap: Wrap, rank: int, ranks: int) -> dict[str, Any]:
     found = {}
-    for structure, criterion in COMBINATIONS:
+    for structure, criterion in UNDER[engine]:
         torch.manual_seed(rank)
         many = run(structure, criterion, ranks, rank, wrap)
         one = run(structure, criterion, 1, 0)
@@ -125,6 +142,10 @@ def compare(wrap: Wrap, rank: int, ranks: int) -> dict[str, Any]:
             "hashes": hashes, "hash": one["hash"], "sparsity": [many["sparsity"], one["sparsity"]],
             "apart": max(float((many["weights"][name] - value).abs().max()) for name, value in one["weights"].items())
             if rank == 0 else 0.0,
+            "scores apart": max(
+                [float((many["scores"][name] - value).norm() / value.norm()) for name, value in one["scores"].items()],
+                default=0.0,
+            ),
         }  # fmt: skip
     return found
 
@@ -199,7 +220,7 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     engines = {"ddp": DistributedDataParallel, "fsdp2": sharded(mesh)}
-    found: dict[str, Any] = {name: compare(wrap, rank, ranks) for name, wrap in engines.items()} | {
+    found: dict[str, Any] = {name: compare(name, wrap, rank, ranks) for name, wrap in engines.items()} | {
         "search": search(mesh)
     }
     found["reshard"] = reshard(Path(sys.argv[1]).with_name("checkpoints"), rank, ranks)

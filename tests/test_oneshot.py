@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForSequenceClassification,
     DebertaV2Config,
@@ -120,6 +123,69 @@ def test_each_block_is_calibrated_on_what_it_gets_once_the_blocks_before_are_pru
         assert expected.keys() == {name for name in given if name.startswith(block)}
         for path, inputs in expected.items():
             torch.testing.assert_close(given[path], inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+
+
+class Live(TorchDispatchMode):
+    """The bytes of the tensors that were made inside and are still held: how many they were at most."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
+        self.held: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (held := StorageWeakRef(tensor.untyped_storage())) not in self.model:
+                self.held[held] = tensor.untyped_storage().nbytes()
+        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
+        self.most = max(self.most, sum(self.held.values()))
+        return made
+
+
+@pytest.mark.parametrize("method", [SparseGPT(), Wanda(), Activations()])
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_a_deeper_model_takes_no_more_memory_but_for_its_masks(method: Calibrated, model_type: str) -> None:
+    family, most, masks = find_family(model_type), [], []
+    rules = [Rule("encoder", 0.5, criterion=Magnitude())]
+    if isinstance(method, Activations):
+        rules = [Rule("mlp", 0.5, Neuron(), Magnitude()), Rule("attention", 0.5, Head(), Magnitude())]
+    for layers in (2, 4):
+        model = tiny_model(
+            model_type, layers=layers, hidden=16, intermediate_size=32, use_cache=False
+        )  # as the Trainer sets it
+        pruner = Pruner(family.groups(model, rules), Cubic())
+        with Live(model) as live:
+            prune_once(model, family, pruner, method, padded())
+        assert pruner.frozen
+        most.append(live.most)
+        slots = [slot for group in pruner.groups for slot in group.slots]
+        masks.append(sum(mask.nbytes for mask in pruner.masks().values()))
+        masks[-1] += sum(slot.lines.nbytes for slot in slots if slot.lines is not None)
+    assert most[1] - most[0] == masks[1] - masks[0]
+
+
+class Heavy(Wanda):
+    """Remembers a megabyte of each matrix, beside which everything else in a tiny model is light."""
+
+    def statistics(self, inputs: Tensor) -> Tensor:
+        return inputs.float().square().sum().expand(2**18).clone()
+
+    def prune(self, weight: Tensor, statistics: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        assert torch.equal(statistics, statistics[:1].expand(2**18))
+        return super().prune(weight, torch.ones(weight.shape[1]), *args)
+
+
+@pytest.mark.parametrize(("model_type", "matrices"), [("bert", 6), ("llama", 7)])
+def test_at_any_time_the_statistics_of_one_block_are_held_and_those_of_one_matrix_that_are_added(
+    model_type: str, matrices: int
+) -> None:
+    model, family = tiny_model(model_type, layers=3), find_family(model_type)
+    pruner = Pruner(family.groups(model, [Rule("encoder", 0.5, criterion=Magnitude())]), Cubic())
+    with Live(model) as live:
+        prune_once(model, family, pruner, Heavy(), padded())
+    assert matrices + 1 <= live.most / 2**20 < matrices + 1.5
 
 
 @pytest.mark.parametrize("method", METHODS)

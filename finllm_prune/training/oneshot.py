@@ -186,11 +186,12 @@ def record(model: PreTrainedModel, layers: nn.ModuleList, batches: Iterable[dict
 def _observe(
     method: Calibrated, passes: Sequence[Pass], index: int, layer: nn.Module, linears: list[nn.Module]
 ) -> list[Tensor]:
-    """The statistics of each linear layer's inputs, over all batches."""
-    total: list[Tensor] = []
-    for step in passes:
-        more = [method.statistics(inputs) for inputs in step.inputs(index, layer, linears)]
-        total = [a + b for a, b in zip(total, more, strict=True)] if total else more
+    """The statistics of each linear layer's inputs, over all batches: added up one by one, for they are the largest of all."""
+    first, *others = passes
+    total = [method.statistics(inputs) for inputs in first.inputs(index, layer, linears)]
+    for step in others:
+        for held, inputs in zip(total, step.inputs(index, layer, linears), strict=True):
+            held += method.statistics(inputs)
     return total
 
 

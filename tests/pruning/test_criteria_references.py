@@ -13,7 +13,9 @@ from finllm_prune.pruning import (
     Criterion,
     Gradient,
     Group,
+    Head,
     Movement,
+    Neuron,
     Platon,
     Rule,
     SecondOrder,
@@ -121,6 +123,58 @@ def test_scores_equal_the_formulas(criterion: Criterion, reference: Callable, st
     cut, reduce = STRUCTURES[structure]
     group, state = observed(criterion, history(), cut)
     np.testing.assert_allclose(criterion.score(group, state).numpy(), reference(history(), reduce), rtol=2e-4)
+
+
+# What is cut together: for each parameter its shape, the axis of its cuts, how many matrices are stacked, and heads along it.
+COUPLED: dict[str, tuple[Structure, int, dict[str, tuple[tuple[int, ...], int, int]]]] = {
+    "neuron": (Neuron(), 6, {"up.weight": ((6, 4), 0, 1), "up.bias": ((6,), 0, 1), "down.weight": ((3, 6), 1, 1)}),
+    "neuron, gate and up in one matrix": (
+        Neuron(), 6, {"in.weight": ((12, 4), 0, 2), "in.bias": ((12,), 0, 2), "out.weight": ((3, 6), 1, 1)}
+    ),
+    "head": (
+        Head(), 3,
+        {f"{name}.{kind}": ((6, 4) if kind == "weight" else (6,), 0, 1) for name in "qkv" for kind in ("weight", "bias")}
+        | {"o.weight": ((4, 6), 1, 1)},
+    ),
+    "head, two queries to a key": (
+        Head(), 3,
+        {"q.weight": ((12, 4), 0, 1), "k.weight": ((6, 4), 0, 1), "v.weight": ((6, 4), 0, 1), "o.weight": ((4, 12), 1, 1)},
+    ),
+}  # fmt: skip
+
+
+def units_of(shape: tuple[int, ...], axis: int, fused: int, units: int) -> np.ndarray:
+    """The number of the unit of every weight of a parameter, flat."""
+    wide = shape[axis] // fused // units
+    line = [entry % (shape[axis] // fused) // wide for entry in range(shape[axis])]
+    return np.array([line[place[axis]] for place in np.ndindex(*shape)])
+
+
+@pytest.mark.parametrize("kind", COUPLED)
+@pytest.mark.parametrize(("criterion", "reference"), REFERENCES)
+def test_scores_of_coupled_units_are_those_of_all_their_weights_together(
+    criterion: Criterion, reference: Callable, kind: str
+):
+    """The formulas on one long vector of all weights; biases count, and so do rows and columns that belong together."""
+    structure, units, parts = COUPLED[kind]
+    unit = np.concatenate([units_of(*part, units) for part in parts.values()])
+    rng = np.random.default_rng(1)
+    first = rng.normal(size=unit.size)
+    past = [(first + 0.1 * rng.normal(size=unit.size), rng.normal(size=unit.size)) for _ in range(STEPS)]
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, (shape, _, _) in parts.items()}
+    slots = [Slot(name, parameters[name], Site(name, axis, fused, units)) for name, (_, axis, fused) in parts.items()]
+    group = Group("part", Rule(structure.couples or "", 0.5, structure, criterion), slots)
+    torch.nn.utils.vector_to_parameters(torch.tensor(past[0][0], dtype=torch.float32), parameters.values())
+    state = criterion.start(group)
+    for weight, gradient in past:
+        torch.nn.utils.vector_to_parameters(torch.tensor(weight, dtype=torch.float32), parameters.values())
+        told = torch.tensor(gradient, dtype=torch.float32).split([p.numel() for p in parameters.values()])
+        for parameter, part in zip(parameters.values(), told, strict=True):
+            parameter.grad = part.view_as(parameter)
+        criterion.observe(group, state, Step(0.0, 0.1, torch.tensor(0.0)))
+    expected = reference(past, lambda values: np.bincount(unit, values, minlength=units))
+    assert expected.shape == (units,)
+    np.testing.assert_allclose(criterion.score(group, state).numpy(), expected, rtol=2e-4)
 
 
 @pytest.mark.parametrize("criterion", [criterion for criterion, _ in REFERENCES] + [SecondOrder(block=4, damp=0.1)])

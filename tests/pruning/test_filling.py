@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from finllm_prune.checkpoints.compact import compact
 from finllm_prune.errors import InputError
-from finllm_prune.families import Architecture, find_family
+from finllm_prune.families import Architecture, find_family, shrink, without_effect
 from finllm_prune.pruning import (
     NM,
     Block,
@@ -44,6 +44,11 @@ from tests.pruning.runs import make_batches, make_optimizer, make_rule, train
 BLOCKS = Rule("encoder", 0.5, Block(8, 8), Magnitude())
 SCHEDULE = Cubic(begin=0.1, end=0.7, freeze=0.9)
 WHOLE: dict[str, Structure] = {"attention": Head(), "mlp": Neuron()}
+KINDS: dict[str, dict[str, Any]] = {
+    "bert": {}, "llama": {}, "modernbert": {}, "deberta-v2": {},
+    "deberta-v2 with projections of positions": {"share_att_key": False},
+    "albert": {}, "albert with two sets of weights": {"num_hidden_groups": 2},
+}  # fmt: skip
 
 
 def filling(model: PreTrainedModel, *rules: Rule) -> Pruner:
@@ -51,11 +56,11 @@ def filling(model: PreTrainedModel, *rules: Rule) -> Pruner:
     return Pruner(family.groups(model, list(rules)), SCHEDULE, family.whole_units(model, list(rules)))
 
 
-def half_useful(model_type: str, side: str) -> PreTrainedModel:
+def half_useful(kind: str, side: str) -> PreTrainedModel:
     """A model whose first half of heads and neurons has all the loud weights of a side, in half of the other side's blocks."""
-    model = loud(tiny_model(model_type))
-    family = find_family(model_type)
-    for block, part in [(block, part) for block in range(2) for part in WHOLE]:
+    model = loud(tiny_model(kind.split()[0], **KINDS[kind]))
+    family = find_family(model.config.model_type)
+    for block, part in [(block, part) for block in range(len(family.layers(model))) for part in WHOLE]:
         for site in family.sites(model, part, block):
             weight = model.get_submodule(site.path).weight.data
             units = WHOLE[part].units(weight, site)
@@ -89,12 +94,12 @@ def test_a_unit_survives_where_it_reads_and_writes_anything(reads: np.ndarray, w
 
 
 @pytest.mark.parametrize("side", ["inputs", "output"])
-@pytest.mark.parametrize("model_type", ["bert", "llama", "modernbert"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_useful_is_dense_again_as_it_was_and_the_rest_goes_with_its_biases(
-    model_type: str, side: str, caplog: pytest.LogCaptureFixture
+    kind: str, side: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    model = half_useful(model_type, side)
+    model = half_useful(kind, side)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data += 1.0
@@ -119,9 +124,9 @@ def test_what_is_useful_is_dense_again_as_it_was_and_the_rest_goes_with_its_bias
     assert all(slot.parked is None and not group.cut for group in pruner.stages[0] for slot in group.slots)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama", "modernbert"])
-def test_the_smaller_model_computes_the_same(model_type: str) -> None:
-    model = half_useful(model_type, "output")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_smaller_model_computes_the_same(kind: str) -> None:
+    model = half_useful(kind, "output")
     pruner = filling(model, BLOCKS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     train(model, pruner, optimizer, make_batches(10))
@@ -129,8 +134,13 @@ def test_the_smaller_model_computes_the_same(model_type: str) -> None:
     assert pruner.holds()
     smaller = compact(model)
     assert smaller.config.intermediate_size == 32
-    assert smaller.config.num_attention_heads == (2 if model_type == "llama" else 4)
+    assert smaller.config.num_attention_heads == (2 if kind == "llama" else 4)
     torch.testing.assert_close(logits(smaller), logits(model), atol=1e-4, rtol=1e-4)
+    narrow, family = shrink(model, without_effect(model)), find_family(model.config.model_type)
+    for block, part in [(block, part) for block in range(len(family.layers(model))) for part in WHOLE]:
+        *_, output = family.sites(model, part, block)
+        assert narrow.get_submodule(output.path).in_features * 2 == model.get_submodule(output.path).in_features
+    torch.testing.assert_close(logits(narrow), logits(model), atol=1e-4, rtol=1e-4)
 
 
 def test_filled_weights_are_fine_tuned_and_what_is_gone_stays_gone() -> None:

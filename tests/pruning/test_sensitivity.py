@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from finllm_prune.errors import InputError
-from finllm_prune.pruning import Cubic, Group, Magnitude, Pruner, Rule, Sensitivity, Site, Slot, Uniform
+from finllm_prune.pruning import STRUCTURES, Cubic, Group, Magnitude, Pruner, Rule, Sensitivity, Site, Slot, Uniform
 from finllm_prune.pruning.sensitivity import allocate
 from finllm_prune.training import measure_sensitivity
-from tests.conftest import tiny_model
-from tests.pruning.runs import make_batches, make_optimizer, make_pruner, train
+from tests.conftest import loud, tiny_model
+from tests.pruning.runs import Batch, make_batches, make_optimizer, make_pruner, train
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 
@@ -67,6 +68,77 @@ def test_the_dry_pass_leaves_model_and_masks_as_they_were():
     assert model.training
 
 
+# What a neuron and a head (kv group) are: the parameters of a block, and the axis along which a unit is a slice of them.
+PARTS: dict[str, dict[str, dict[str, int]]] = {
+    "bert": {
+        "neuron": {"intermediate.dense.weight": 0, "intermediate.dense.bias": 0, "output.dense.weight": 1},
+        "head": {f"attention.self.{name}.{kind}": 0 for name in ("query", "key", "value") for kind in ("weight", "bias")}
+        | {"attention.output.dense.weight": 1},
+    },
+    "llama": {
+        "neuron": {"mlp.gate_proj.weight": 0, "mlp.up_proj.weight": 0, "mlp.down_proj.weight": 1},
+        "head": {f"self_attn.{name}_proj.weight": 0 for name in "qkv"} | {"self_attn.o_proj.weight": 1},
+    },
+}  # fmt: skip
+TRIED = {"neuron": (0.3, 0.6, 0.9), "head": (0.25, 0.5, 0.75)}
+
+
+@torch.no_grad()
+def without(model: PreTrainedModel, block: str, parts: dict[str, int], units: int, level: float) -> PreTrainedModel:
+    """A copy whose smallest units of a block are zeros, so many that they are this part of all."""
+    changed = copy.deepcopy(model)
+    slices = [changed.get_parameter(f"{block}.{name}").tensor_split(units, axis) for name, axis in parts.items()]
+    sizes = [sum(float(piece.double().square().sum()) for piece in unit) for unit in zip(*slices, strict=True)]
+    for unit in sorted(range(units), key=sizes.__getitem__)[: round(level * units)]:
+        for pieces in slices:
+            pieces[unit].zero_()
+    return changed
+
+
+@torch.no_grad()
+def losses_of(model: PreTrainedModel, batches: list[Batch]) -> list[float]:
+    changed = copy.deepcopy(model).eval()
+    return [float(changed(**batch).loss) for batch in batches]
+
+
+@pytest.mark.parametrize("model_type", PARTS)
+@pytest.mark.parametrize("structure", TRIED)
+def test_the_dry_pass_of_heads_and_neurons_takes_the_losses_of_models_without_them(structure: str, model_type: str):
+    model = loud(tiny_model(model_type, num_attention_heads=8, num_key_value_heads=4)).train()
+    units = {"neuron": 64, "head": 8 if model_type == "bert" else 4}[structure]
+    root = f"{model.base_model_prefix}.{'encoder.layer' if model_type == 'bert' else 'layers'}"
+    batches = [make_batches(1)[0], {key: value[:3] for key, value in make_batches(1, seed=1)[0].items()}]
+    dense = losses_of(model, batches)
+    curves = [
+        [losses_of(without(model, f"{root}.{block}", PARTS[model_type][structure], units, level), batches)
+         for level in TRIED[structure]]
+        for block in range(2)
+    ]  # fmt: skip
+    seen: list[float] = []
+
+    def loss(measured: nn.Module, batch: Batch) -> torch.Tensor:
+        assert measured is model
+        assert not model.training
+        seen.append(float(found := model(**batch).loss))
+        return found
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target = {"neuron": "mlp", "head": "attention"}[structure]
+    budget = Sensitivity(levels=TRIED[structure])
+    pruner = make_pruner(model, Rule(target, 0.5, STRUCTURES[structure](), Magnitude(), budget))
+    measure_sensitivity(model, pruner.groups, batches, loss)
+    assert seen == pytest.approx([*dense, *(value for curve in curves for each in curve for value in each)])
+    assert len({round(value, 6) for value in seen}) == len(seen), "each cut was felt"
+
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
+    assert model.training
+    assert all(group.mask.all() and slot.parked is None for group in pruner.groups for slot in group.slots)
+    means = [[(4 * first + 3 * second) / 7 for first, second in curve] for curve in (*curves, [dense])]
+    densities = allocate(means[:2], means[2][0], [units] * 2, TRIED[structure], 0.5)
+    assert pruner.groups[0].rule.budget.densities == pytest.approx(densities)
+
+
 class Pair(nn.Module):
     """The loss is how far two matrices are from where they started, the second weighing a thousandth of the first."""
 
@@ -100,6 +172,28 @@ def test_the_matrix_that_the_loss_sees_less_is_cut_more_and_the_run_reaches_its_
         pruner.after_step()
     pruner.finish()
     assert [float(group.mask.float().mean()) for group in groups] == pytest.approx([0.9, 0.1])
+
+
+def test_a_row_counts_as_much_in_a_small_batch_as_in_a_large_one():
+    """Three rows feel the first matrix and one row the second, twice as much: so the first one is felt more."""
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        parts = zip(model.children(), model.start, batch["felt"], strict=True)
+        return sum(felt * (layer.weight - was).square().sum() for layer, was, felt in parts)
+
+    model, rule = Pair(), sensitive_rule()
+    groups = [
+        Group(name, rule, [Slot(f"{name}.weight", layer.weight, Site(name))]) for name, layer in model.named_children()
+    ]
+    batches = [
+        {"felt": torch.tensor([1.0, 0.0]), "labels": torch.zeros(3)},
+        {"felt": torch.tensor([0.0, 2.0]), "labels": torch.zeros(1)},
+    ]
+    model.idle.weight.data = model.matters.weight.detach().clone()  # alike but for what is felt of them
+    model.start[1] = model.start[0]
+    measure_sensitivity(model, groups, batches, loss)
+    first, second = groups[0].rule.budget.densities
+    assert first > second
 
 
 def test_a_resumed_run_has_the_densities_without_measuring(tmp_path: Path):
