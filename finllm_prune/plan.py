@@ -76,7 +76,8 @@ class Plan:
             if name != "dense":
                 rows.append((f"weights on disk, {name}", f"{self.bytes['dense'] / 1e6:.1f} MB", f"{size / 1e6:.1f} MB"))
         if (fast := self.latency) is not None:
-            what = f"CPU latency, {fast['batch']} × {fast['tokens']} tokens, {fast['threads']} thread{'s' * (fast['threads'] != 1)}"
+            plural = "" if fast["threads"] == 1 else "s"
+            what = f"CPU latency, {fast['batch']} × {fast['tokens']} tokens, {fast['threads']} thread{plural}"
             rows.append((what, f"{fast['dense_ms']:.1f} ms", f"{fast['pruned_ms']:.1f} ms, ratio {fast['ratio']:.2f}"))
         rows.append(("training time", f"{self.seconds['dense']:.0f} s", f"{self.seconds['pruning']:.0f} s"))
         if "teacher" in self.seconds:

@@ -141,7 +141,9 @@ def _task(recipe: Recipe | None, name: str | None, **changes: Any) -> Task:
     """The recipe's task where there is a recipe and it is of this task, with what is given changed."""
     given = {key: value for key, value in changes.items() if value is not None}
     if recipe is not None and (name is None or isinstance(recipe.task, find_task(name))):
-        return replace(recipe.task, **given)  # type: ignore[type-var]
+        task = replace(recipe.task, **given)  # type: ignore[type-var]
+        # Texts without labels are for training alone, and may be gone.
+        return replace(task, unlabelled=None) if isinstance(task, Classification) else task
     return find_task(name or "sentiment")(**given)
 
 

@@ -14,6 +14,7 @@ from finllm_prune.plan import plan
 from finllm_prune.prepare import prepare
 from finllm_prune.recipe import Recipe, parse
 from finllm_prune.run import run, taught_rows
+from finllm_prune.saved import evaluate_saved
 from finllm_prune.tasks.sentiment import Sentiment
 from tests import small
 from tests.conftest import loud, tiny_model
@@ -100,7 +101,9 @@ def test_what_is_right_is_what_the_teacher_says(
     assert len(own) == 3
 
 
-def test_a_run_learns_from_them_and_tells_so(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_learns_from_them_and_who_evaluates_it_needs_them_no_more(
+    tmp_path: Path, recipe: Any, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     small.few_resamples(monkeypatch)
     report = run(recipe(distillation={"cache": True}))
     assert report is not None
@@ -109,6 +112,9 @@ def test_a_run_learns_from_them_and_tells_so(tmp_path: Path, recipe: Any, monkey
     assert found["data"]["rows"]["train"] == 24
     history = [entry["step"] for entry in found["history"]]
     assert max(history) == 9, "an epoch of 24 rows and 3 more in batches of 3"
+    Path(data["unlabelled"]).unlink()
+    again, _ = evaluate_saved(str(tmp_path / "out" / "masked"))
+    assert again["accuracy"]["value"] == found["accuracy"]["pruned"]
 
 
 def test_a_plan_counts_them(recipe: Any) -> None:
