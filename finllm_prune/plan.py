@@ -47,7 +47,8 @@ class Plan:
         latency: of a forward pass on this machine's CPU, from its table; None where no whole heads or neurons are cut.
         seconds: ``dense``, ``teacher`` (where its answers are kept), ``pruning`` and ``recovery``, from a few real steps;
             without evaluation and export.
-        peak_bytes: of weights, gradients, optimizer, scores, teacher and activations, at once.
+        peak_bytes: of weights, gradients, optimizer, scores, teacher and activations, at once. Python, its libraries and the
+            making of ONNX graphs come on top: 2 to 3 GB of host memory.
         kept_bytes: of the teacher's hidden states on disk, until the run is complete; 0 where none are kept.
         target: kind, asked, and the lowest that these rules can reach; None without a target.
     """
@@ -84,7 +85,7 @@ class Plan:
             rows.append(("  the teacher's answers before it", "", f"{self.seconds['teacher']:.0f} s"))
         if "recovery" in self.seconds:
             rows.append(("  recovery after it", "", f"{self.seconds['recovery']:.0f} s"))
-        rows.append(("peak memory", "", f"{self.peak_bytes / 1e9:.2f} GB"))
+        rows.append(("peak memory of the training's tensors", "", f"{self.peak_bytes / 1e9:.2f} GB"))
         if self.kept_bytes > 0:
             rows.append(("teacher's hidden states, on disk", "", f"{self.kept_bytes / 1e9:.2f} GB"))
         if self.target is not None:
