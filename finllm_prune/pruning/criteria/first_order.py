@@ -127,8 +127,8 @@ class Variance(Criterion):
     neural networks", prunes by the signal-to-noise ratio of a weight); the same is asked of the importance ``|sum(g * w)|``.
     Variances are exponentially weighted (West 1979): ``v <- decay * (v + (1 - decay) * (x - mean)^2)``. A unit of many
     weights has no sign, so norms and absolute values are taken, of single weights too: one that swings through zero counts by
-    how far it swings. The ratios know no scale: under one threshold over all matrices small weights that stand still stay, and at
-    high sparsity the model can collapse (CONTRIBUTING.md, "What was tried for quality").
+    how far it swings. The ratios know no scale: under one threshold over all matrices small weights that stand still stay,
+    and at high sparsity the model can collapse (CONTRIBUTING.md, "What was tried for quality").
 
     Args:
         decay: of all four running values.
