@@ -112,6 +112,8 @@ def test_a_run_learns_from_them_and_who_evaluates_it_needs_them_no_more(
     assert found["data"]["rows"]["train"] == 24
     history = [entry["step"] for entry in found["history"]]
     assert max(history) == 9, "an epoch of 24 rows and 3 more in batches of 3"
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "the pruned model learned from 3 more texts, of which no label is known" in card
     Path(data["unlabelled"]).unlink()
     again, _ = evaluate_saved(str(tmp_path / "out" / "masked"))
     assert again["accuracy"]["value"] == found["accuracy"]["pruned"]
