@@ -15,6 +15,7 @@ from bench.cells import Row
 Bar = tuple[float, float, float]
 """A mean and its 95 % interval."""
 
+_MARKERS = "os^vDP*"
 _COLUMNS = (
     "method", "sparsity", "seeds", "learning rate", "macro-F1 [95 %]", "to dense, points [95 %]", "accuracy", "MCC",
     "same as teacher", "encoder sparsity", "latency 1 / 16",
@@ -64,23 +65,32 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def plot(rows: Iterable[Row], path: Path) -> None:
-    """Macro-F1 over sparsity, with intervals; dense as a band."""
+    """Macro-F1 over sparsity, with intervals; dense as a band. Models of one class for all texts lie below, and are named."""
     methods: dict[str, list[tuple[float, Bar]]] = {}
+    upright: list[float] = []
     for group in best(current(rows)[0]):
-        methods.setdefault(group[0]["method"], []).append((group[0]["sparsity"], macro_f1(group)))
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+        collapsed = any(row["test"]["collapsed"] for row in group)
+        name = group[0]["method"] + (f" (collapsed at {100 * group[0]['sparsity']:g} %)" if collapsed else "")
+        methods.setdefault(name, []).append((group[0]["sparsity"], macro_f1(group)))
+        upright += [] if collapsed else [macro_f1(group)[1]]
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
     for number, (method, points) in enumerate(methods.items()):
         middle, low, high = zip(*(bar for _, bar in points), strict=True)
         if points[0][0] == 0:
-            axis.axhspan(low[0], high[0], color=f"C{number % 10}", alpha=0.12)
-            axis.axhline(middle[0], color=f"C{number % 10}", linestyle="--", label=method)
+            axis.axhspan(low[0], high[0], color=colors[number % 20], alpha=0.12)
+            axis.axhline(middle[0], color=colors[number % 20], linestyle="--", label=method)
             continue
-        shift = 0.003 * (number - len(methods) / 2)
+        shift = 0.06 * (number / len(methods) - 0.5)
         # A percentile bootstrap need not hold the value itself.
         errors = [[max(0.0, m - a) for _, (m, a, _) in points], [max(0.0, b - m) for _, (m, _, b) in points]]
         places = [100 * (sparsity + shift) for sparsity, _ in points]
-        axis.errorbar(places, middle, yerr=errors, marker="o", capsize=3, color=f"C{number % 10}", label=method,
-                      linestyle="-" if number < 10 else ":")  # fmt: skip
+        axis.errorbar(
+            places, middle, yerr=errors, marker=_MARKERS[number % len(_MARKERS)], capsize=2, linewidth=1, alpha=0.9,
+            color=colors[number % 20], label=method, linestyle="-" if number < 10 else ":",
+        )  # fmt: skip
+    if upright:
+        axis.set_ylim(bottom=min(upright) - 0.01)
     axis.set(
         xlabel="sparsity asked of the target, %",
         ylabel="test macro-F1, 95 % interval",
