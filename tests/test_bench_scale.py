@@ -1,34 +1,22 @@
 """The benchmark of scale on a tiny shape, and what it refuses."""
 
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import finllm_prune
-
-Bench = Callable[..., None]
+from tests.scripts import Script, script
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """Runs ``bench_scale.py`` in this process."""
-    monkeypatch.syspath_prepend(str(Path(finllm_prune.__file__).parents[1] / "scripts"))
-
-    def main(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["bench_scale.py", *arguments])
-        importlib.import_module("bench_scale").main()
-
-    yield main
-    for name in [name for name in sys.modules if name.split(".")[0] in ("scale", "bench_scale")]:
-        del sys.modules[name]
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    with script("bench_scale", monkeypatch) as main:
+        yield main
 
 
-def test_shapes_and_memory_on_a_tiny_model(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shapes_and_memory_on_a_tiny_model(bench: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "found.json"
     bench(
         "--memory", "tiny", "--shapes", "tiny", "--device", "cpu", "--steps", "1", "--batch", "2", "--tokens", "8",
@@ -49,7 +37,7 @@ def test_shapes_and_memory_on_a_tiny_model(bench: Bench, tmp_path: Path, capsys:
 
 
 def test_large_shapes_without_a_gpu_and_nothing_to_do_are_refused(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
+    bench: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
