@@ -48,7 +48,7 @@ class Plan:
         seconds: ``dense``, ``teacher`` (where its answers are kept), ``pruning`` and ``recovery``, from a few real steps;
             without evaluation and export.
         peak_bytes: of weights, gradients, optimizer, scores, teacher and activations, at once. Python, its libraries and the
-            making of ONNX graphs come on top: 2 to 3 GB of host memory.
+            making of ONNX graphs come on top, in host memory.
         kept_bytes: of the teacher's hidden states on disk, until the run is complete; 0 where none are kept.
         target: kind, asked, and the lowest that these rules can reach; None without a target.
     """

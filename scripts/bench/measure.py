@@ -39,11 +39,10 @@ def run(cell: Cell, protocol: Protocol) -> Row:
     family = find_family(student.config.model_type)
     layers = range(len(family.layers(student)))
     parts: dict[str, Any] = {}
-    rows = taught_rows(ready, dense)
     if plan.distillation is not None and plan.recovery is None:
         teacher = parts["teacher"] = Teacher(dense, plan.distillation, layers)
         teacher.to(ready.arguments.device)
-        collator = plan.task.collator(ready.tokenizer)
+        rows, collator = taught_rows(ready, dense), plan.task.collator(ready.tokenizer)
         with claimed(protocol.out, f"teacher-{source.name}", wait=True):
             parts["train_dataset"] = teacher.keep_answers(rows, collator, protocol.out / "teachers")
     pruner = None
