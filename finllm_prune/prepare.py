@@ -37,7 +37,7 @@ from finllm_prune.pruning import (
 )
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, read_texts
-from finllm_prune.training import Lora, adapt, refuse_no_chain, refuse_no_room, sentence_transformers
+from finllm_prune.training import Lora, adapt, refuse_no_chain, refuse_no_room, sentence_transformers, smoothed
 from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
 from finllm_prune.workfolder import CHECKPOINTS, check_batch, check_output, check_vocabulary, open_work
@@ -111,10 +111,10 @@ def prepare(recipe: Recipe, *, resume: bool, overwrite: bool) -> Prepared:
 def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Prepared:
     """Read and check everything; nothing is written."""
     work = recipe.output.with_name(f"{recipe.output.name}.partial")
-    training_arguments(recipe, work, "dense", recipe.dense.training)
     arguments = training_arguments(recipe, work, "prune", {})
+    phases = {"training": arguments, "dense.training": training_arguments(recipe, work, "dense", recipe.dense.training)}
     if recipe.recovery is not None:
-        training_arguments(recipe, work, "recover", recipe.recovery.training)
+        phases["recovery"] = training_arguments(recipe, work, "recover", recipe.recovery.training)
     refuse_unsupported(arguments)
     if asks_for_fsdp(arguments):
         _refuse_unsplittable(recipe)
@@ -147,7 +147,9 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     groups = _check_rules(recipe, architecture, small)
     if resume and vocabulary is not None:
         check_vocabulary(work, vocabulary[0])
-    recipe.task.loss(examples)  # class weights that do not fit are told now
+    loss = recipe.task.loss(examples)  # class weights that do not fit are told now
+    for key, phase in phases.items():
+        smoothed(loss, phase.label_smoothing_factor, key)
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
     unlabelled = _unlabelled(recipe, examples, tokenizer)
     teacher = _teacher(recipe, examples, tokens["train"])

@@ -191,7 +191,43 @@ def test_the_trainer_takes_the_loss_and_accumulates_it_to_that_of_the_large_batc
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_two_losses_at_once_are_refused(tmp_path: Path) -> None:
+def test_smoothed_labels_go_with_weights_and_the_focal_loss() -> None:
+    plain = F.cross_entropy(logits, classes, label_smoothing=0.2)
+    torch.testing.assert_close(SkewLoss(None, 0.0).smoothed(0.2)(logits, classes), plain)
+    weights, p = torch.tensor([9.0, 1.0, 0.1]), logits.softmax(-1)
+    own, all_alike = p[torch.arange(12), classes], p.log().mean(-1)
+    expected = weights[classes] * (1 - own) ** 2 * -(0.8 * own.log() + 0.2 * all_alike)
+    torch.testing.assert_close(SkewLoss(weights, 2.0).smoothed(0.2)(logits, classes), expected.mean())
+
+
+def test_the_trainer_smooths_the_labels_of_the_task_s_loss(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
-    with pytest.raises(InputError, match=r"^training\.label_smoothing_factor: it replaces the loss"):
-        PruningTrainer(tiny_model(), args, task_loss=SkewLoss(None, 1.0))
+    loss, model = SkewLoss(torch.tensor([9.0, 1.0, 0.1]), 1.0), tiny_model().eval()
+    batch = {"input_ids": torch.randint(4, 300, (6, 5)), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+    found = PruningTrainer(model, args, task_loss=loss).compute_loss(model, batch)
+    torch.testing.assert_close(found, loss.smoothed(0.1)(model(**batch).logits, batch["labels"]))
+
+
+def test_a_loss_without_a_class_a_row_refuses_smoothed_labels(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match=r"^training\.label_smoothing_factor: it goes with one class a row"):
+        PruningTrainer(tiny_model(), args, task_loss=F.mse_loss)
+
+
+@pytest.mark.parametrize("phase", ["dense", "prune"])
+def test_smoothed_scores_are_refused_before_anything_is_trained(
+    tmp_path: Path, tiny_folder: small.TinyFolder, phase: str
+) -> None:
+    scores = {"positive": 1.0, "neutral": 0.0, "negative": -1.0}
+    folder = folder_of(tmp_path / "data", lambda row: row | {"label": scores[row["label"]]})
+    smoothing = {"training": {"label_smoothing_factor": 0.1}}
+    recipe = {
+        "model": str(tiny_folder()), "task": {"name": "sentiment", "dataset": folder, "scores": {}},
+        "output": str(tmp_path / "out"), "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]},
+        "training": {"use_cpu": True},
+    }  # fmt: skip
+    recipe |= {"dense": smoothing} if phase == "dense" else smoothing
+    key = "dense.training" if phase == "dense" else "training"
+    with pytest.raises(InputError, match=rf"^{key}\.label_smoothing_factor: it goes with one class a row"):
+        prepare(parse(recipe), resume=False, overwrite=False)
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())

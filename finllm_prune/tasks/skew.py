@@ -1,7 +1,7 @@
 """Losses for classes of unlike size: weights, and the focal loss."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,20 +23,27 @@ class SkewLoss:
     Args:
         weights: per class, shape (classes,); None weighs all alike.
         gamma: how little what is predicted well counts; 0 is cross entropy.
+        smoothing: the part of a row's label that all classes share alike, in ``-log p`` and not in ``(1 - p)^gamma``.
     """
 
     weights: Tensor | None
     gamma: float
+    smoothing: float = 0.0
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch: logits (rows, classes), labels (rows,)."""
-        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.smoothing)
         if self.gamma > 0:
+            plain = losses if self.smoothing == 0 else F.cross_entropy(logits.float(), labels, reduction="none")
             # At p = 1 a power below 1 has an infinite slope.
-            losses = (-torch.expm1(-losses)).clamp_min(1e-7) ** self.gamma * losses
+            losses = (-torch.expm1(-plain)).clamp_min(1e-7) ** self.gamma * losses
         if self.weights is not None:
             losses = self.weights.to(losses.device)[labels] * losses
         return losses.mean()
+
+    def smoothed(self, part: float) -> "SkewLoss":
+        """The same with the Trainer's ``label_smoothing_factor``."""
+        return replace(self, smoothing=part)
 
 
 def class_weights(asked: str | dict[str, float], labels: Sequence[str], rows: Sequence[int]) -> Tensor:

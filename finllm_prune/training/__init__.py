@@ -11,13 +11,13 @@ from finllm_prune.training.recovery import Recovery, Seam, SmallerCallback, hand
 from finllm_prune.training.sensitivity import measure_sensitivity
 from finllm_prune.training.teacher_logits import with_kept_logits, with_teacher_logits
 from finllm_prune.training.teacher_states import refuse_no_room
-from finllm_prune.training.trainer import PruningTrainer
+from finllm_prune.training.trainer import PruningTrainer, smoothed
 
 __all__ = [
     "COSINES", "RECORD_FILE", "Cosines", "Distillation", "Lora", "Pass", "PruningTrainer", "Recorder", "Recording", "Recovery",
     "Seam", "SmallerCallback", "Teacher",
     "adapt", "drop_out", "hand_over", "lies_in", "measure_sensitivity", "merge", "prune_block", "prune_once", "record",
     "refuse_beside_lora", "refuse_no_chain", "refuse_no_room",
-    "refuse_unless_part", "refuse_unrecoverable", "sample_batches", "sentence_transformers", "uniform_layers",
+    "refuse_unless_part", "refuse_unrecoverable", "sample_batches", "sentence_transformers", "smoothed", "uniform_layers",
     "with_kept_logits", "with_teacher_logits",
 ]  # fmt: skip

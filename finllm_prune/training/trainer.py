@@ -42,10 +42,29 @@ from finllm_prune.training.sigterm import Sigterm
 from finllm_prune.training.teacher_logits import TEACHER_LOGITS
 from finllm_prune.training.teacher_states import TEACHER_ROW
 
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "pruner.safetensors"
 _KEPT = (TEACHER_LOGITS, TEACHER_ROW, COSINES)  # columns that no model takes
+
+
+def smoothed(loss: TaskLoss | None, part: float, key: str = "training") -> TaskLoss | None:
+    """The task's loss with ``label_smoothing_factor``; of a model's own loss the Trainer takes care.
+
+    Raises:
+        InputError: the loss knows no single class of a row whose label could be smoothed.
+    """
+    if loss is None or part == 0:
+        return loss
+    if not hasattr(loss, "smoothed"):
+        raise InputError(
+            f"{key}.label_smoothing_factor: it goes with one class a row, not with the loss of this task (of scores, label "
+            "sets, rankings or completions); set 0"
+        )
+    found: TaskLoss = loss.smoothed(part)
+    return found
 
 
 class PruningTrainer(Trainer):
@@ -58,7 +77,7 @@ class PruningTrainer(Trainer):
         pruner: built on the same model; None fine-tunes without pruning.
         teacher: adds its loss to the task's; None trains on the labels alone.
         task_loss: (logits, labels) -> the mean over a batch's rows, in place of the model's own loss; None leaves it to the
-            model.
+            model. One that has a method ``smoothed`` goes with ``args.label_smoothing_factor``.
         cosines: take a part in the task's loss; the training rows have a column of them.
         recording: of the flight recorder, which is ``recorder`` then; None records nothing.
         description: what the progress bar is called.
@@ -66,7 +85,7 @@ class PruningTrainer(Trainer):
 
     def __init__(
         self, model: nn.Module, args: TrainingArguments, *, pruner: Pruner | None = None,
-        teacher: Teacher | None = None, task_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        teacher: Teacher | None = None, task_loss: TaskLoss | None = None,
         cosines: Cosines | None = None, recording: Recording | None = None, description: str = "train", **kwargs: Any,
     ):  # fmt: skip
         # The classification heads of transformers 5 average their loss over the batch, but the Trainer takes their
@@ -80,7 +99,9 @@ class PruningTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.pruner = pruner
         self.teacher = teacher
-        self.task_loss = task_loss
+        self.task_loss = smoothed(task_loss, args.label_smoothing_factor)
+        if task_loss is not None:
+            self.label_smoother = None
         self.cosines = cosines
         self.recorder: Recorder | None = None
         if teacher is not None and self.compute_loss_func is not None:
@@ -88,11 +109,8 @@ class PruningTrainer(Trainer):
                 "compute_loss_func: it is normalised over all accumulated batches and the teacher's loss over one, so they "
                 "cannot be added; train without a teacher, or give the model the loss"
             )
-        if task_loss is not None and (self.compute_loss_func is not None or self.label_smoother is not None):
-            raise InputError(
-                "training.label_smoothing_factor: it replaces the loss, as the task does (for class weights, scores, label "
-                "sets, windows); use one"
-            )
+        if task_loss is not None and self.compute_loss_func is not None:
+            raise InputError("compute_loss_func: it replaces the loss, as task_loss does; use one")
         if teacher is not None and teacher.projection is not None:
             if asks_for_fsdp(args):
                 raise InputError(
