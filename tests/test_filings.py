@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -109,15 +109,48 @@ def test_what_the_task_cannot_do_is_refused_by_its_key(settings: dict[str, Any],
         ("<ix:header><p>context</p></ix:header><p>Body", "Body"),
         ("one<br/>two<hr>three", "one two three"),
         ("a margin <5% and costs < sales", "a margin <5% and costs < sales"),
+        ("fell <Q3 levels &amp; costs rose > 5%", "fell <Q3 levels & costs rose > 5%"),
+        ("<p>a margin <5% and costs < sales", "a margin <5% and costs < sales"),
+        ("<html><head><title>10-K</title><meta charset='ascii'><body>Item 1", "Item 1"),
+        ("<html><head><title>10-K</title></head>Item 1", "Item 1"),
+        ("<div style='DISPLAY : none'><p>context</p></div><p hidden>tag</p>Item <span style='color: red'>1", "Item 1"),
+        ("<?xml version='1.0' encoding='ASCII'?><html xmlns='http://www.w3.org/1999/xhtml'><p>Café</p></html>", "Café"),
+        ("<DOCUMENT><TYPE>10-K<TEXT><P>Item 1</P></TEXT></DOCUMENT>", "10-K Item 1"),
+        ("<!-- nothing -->", ""),
+        ("<div>" * 3000 + "deep" + "</div>" * 3000, "deep"),
     ],
 )
 def test_html_becomes_what_a_reader_sees(html: str, expected: str) -> None:
     assert plain_text(html) == expected
 
 
-@given(st.text(st.characters(exclude_characters="<&")))
+@given(st.text(st.characters(exclude_characters="&")).filter(lambda text: "<!" not in text and "<?" not in text))
+@example("loss<p and <b-1")
 def test_text_without_markup_loses_its_white_space_only(text: str) -> None:
     assert plain_text(text) == " ".join(text.split())
+
+
+TAGS = [
+    "<p>",
+    "</p>",
+    "<b>",
+    "</b>",
+    "<table>",
+    "</table>",
+    "<tr>",
+    "</tr>",
+    "<td>",
+    "</td>",
+    "<br>",
+    "</body>",
+    "<body>",
+    "</x>",
+]
+
+
+@given(st.lists(st.sampled_from([*TAGS, "word "]), max_size=40))
+def test_markup_out_of_order_loses_no_word(parts: list[str]) -> None:
+    assert plain_text("<p>" + "".join(parts)).split() == ["word"] * parts.count("word ")
 
 
 def folder_with(folder: Path, text: str) -> str:
