@@ -106,20 +106,29 @@ def evaluate_saved(
     return figures, rows + [(what, value) for what, _, value in first_stage_rows(quality.metrics, examples.facts)]
 
 
-def ask(model: str, texts: Sequence[str]) -> Tensor:
+def ask(model: str, texts: Sequence[str], names: Sequence[str] | None = None) -> Tensor:
     """The logits (texts, outputs) of an exported model, each text prepared and read as in the training of its recipe.
 
     Cleaned, masked, cut or read in windows: what a ``pipeline`` does not know of. Pairs of texts are not covered.
 
+    Args:
+        names: of the companies that the texts are about, where training masked those of a column; they are masked in all texts,
+            beside those of the recipe's list.
+
     Raises:
-        InputError: no recipe of a classification lies beside the model.
+        InputError: no recipe of a classification lies beside the model, or it masked a column of names and none are given.
     """
     location, _ = locate(model, served=True)
     recipe = _beside(location)
     if recipe is None or not isinstance(recipe.task, Classification) or recipe.task.pipeline_tag == "text-generation":
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
     task = recipe.task
-    rows = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": [0] * len(texts)})
+    if names is None and task.mask is not None and task.mask.column is not None:
+        raise InputError(
+            f"{model}: in training the names of column '{task.mask.column}' were masked; give those of these texts as names, "
+            "or names=[] where there are none"
+        )
+    rows = datasets.Dataset.from_dict({"text": task.prepared(texts, names or ()), "label": [0] * len(texts)})
     return Saved(model, task, Examples({}, class_names(load_config(location)), model)).logits(rows)
 
 

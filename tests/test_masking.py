@@ -39,6 +39,17 @@ def test_names_go_as_written_and_in_capitals() -> None:
     assert mask("$MMM: (MMM)") == "$COMPANY: (COMPANY)"
 
 
+def test_a_legal_form_may_be_left_out() -> None:
+    mask = Mask(column="company").masker(
+        ["Nokia Oyj", "Apple, Inc.", "AT&T", "Ferro Co., Ltd.", "Co Inc", "Bank of Oslo ASA"]
+    )
+    assert mask("Nokia Oyj, NOKIA and Nokia's rival Apple") == "COMPANY, COMPANY and COMPANY's rival COMPANY"
+    assert (
+        mask("Apple, Inc. and AT&T bought Ferro and BANK OF OSLO") == "COMPANY and COMPANY bought COMPANY and COMPANY"
+    )
+    assert mask("a Bank in Oslo of the AG") == "a Bank in Oslo of the AG"
+
+
 def test_numbers_become_zeros() -> None:
     assert normalise_numbers("Up 12.5 % to EUR1,250,000 in Q3 2024.") == "Up 0 % to EUR0 in Q0 0."
 

@@ -182,6 +182,20 @@ def test_a_recipe_can_be_named_and_another_task_has_none(
         ask(str(model), ["Sales rose."])
 
 
+def test_a_masked_column_asks_for_the_names_of_texts_in_use(tmp_path: Path, tiny_folder: small.TinyFolder) -> None:
+    folder = tiny_folder()
+    content = recipe(tmp_path, folder)
+    content["task"] |= {"mask": {"column": "company"}}
+    (folder / "recipe.yaml").write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match="in training the names of column 'company' were masked; give those of these texts"
+    ):
+        ask(str(folder), ["Acme Inc. sold its ships."])
+    masked = ask(str(folder), ["Acme sold its ships. Acme Inc. profit fell."], names=["Acme Inc."])
+    by_hand = ask(str(folder), ["COMPANY sold its ships. COMPANY profit fell."], names=[])
+    torch.testing.assert_close(masked, by_hand)
+
+
 def test_a_text_in_use_is_prepared_as_in_training(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("Acme\n")
     task = build(

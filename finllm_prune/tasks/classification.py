@@ -27,7 +27,7 @@ from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.ends import columns_of, first_tokens
 from finllm_prune.tasks.label_column import LabelColumn
 from finllm_prune.tasks.label_sets import LabelSetLoss, LabelSets, positive_weights
-from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers, without_names
+from finllm_prune.tasks.masking import Mask, normalise_numbers, without_names
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
@@ -129,8 +129,7 @@ class Classification:
         splits = {name: filled(rows.select(good[name]), name) for name, rows in splits.items()}
         if self.mask is not None or self.normalise_numbers:
             names = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
-            known = [name for name in names if isinstance(name, str)]
-            masker = None if self.mask is None else Masker([*self.mask.listed(), *known], self.mask.word)
+            masker = None if self.mask is None else self.mask.masker(name for name in names if isinstance(name, str))
             splits, masked = without_names(splits, masker, self.normalise_numbers)
             facts |= {} if self.mask is None else {"masked": masked}
         splits = {name: self._with_kept(rows, tables[name].select(good[name])) for name, rows in splits.items()}
@@ -207,11 +206,11 @@ class Classification:
             return LabelSetJudge(right.astype(np.int64), examples.labels, metrics, self.label_sets.threshold)
         return ClassJudge(right, examples.labels, self.metrics)
 
-    def prepared(self, texts: Sequence[str]) -> list[str]:
-        """Texts of which no label is known, as those of the data are prepared; of names, the listed ones are masked."""
+    def prepared(self, texts: Sequence[str], names: Sequence[str] = ()) -> list[str]:
+        """Texts of which no label is known, as those of the data are prepared; masked are the listed names, and ``names``."""
         texts = [self.read_text(text) for text in texts]
         if self.mask is not None:
-            texts = list(map(Masker(self.mask.listed(), self.mask.word), texts))
+            texts = list(map(self.mask.masker(names), texts))
         return list(map(normalise_numbers, texts)) if self.normalise_numbers else texts
 
     def read_text(self, text: str) -> str:

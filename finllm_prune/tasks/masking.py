@@ -13,15 +13,21 @@ from finllm_prune.tasks.batchwise import Batch, rewritten
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_LEGAL_FORM = re.compile(
+    r"(?:,?\s+(?:Inc|Incorporated|Corp|Corporation|Co|Company|Ltd|Limited|plc|LLC|LLP|LP|AG|SE|SA|S\.A|ASA|AB|A/S|Oyj|Oy|N\.?V|B\.?V|SpA|S\.p\.A|"
+    r"GmbH|KGaA|KK|Pty)\.?)+$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class Mask:
     """Names are replaced by one word, so that a model cannot learn what became of whom.
 
-    A name counts as written and in capitals, at whole words only ("Apple" in "Apple's" and in "APPLE", not in "apple" or
-    "Applebee"); of two names at one place the longer one goes. All names go from all texts. Names that are known
-    neither from the column nor from the list stay, and texts in use are to be masked in the same way.
+    A name counts as written, without its legal form ("Apple Inc." as "Apple" too), and in capitals, at whole words only
+    ("Apple" in "Apple's" and in "APPLE", not in "apple" or "Applebee"); of two names at one place the longer one goes. All
+    names go from all texts. What is known neither from the column nor from the list stays, as a ticker that is not listed
+    does. Texts in use are to be masked in the same way: ``finllm_prune.saved.ask`` does it.
 
     Args:
         column: holds the name of each row's company.
@@ -40,6 +46,11 @@ class Mask:
             raise InputError("task.mask: name a column of names, or a file with a name a line as names")
         if not self.word.strip():
             raise InputError("task.mask.word: a name is replaced by a word, not by nothing")
+
+    def masker(self, names: Iterable[str]) -> "Masker":
+        """Of the listed names and of ``names``, each also without its legal form."""
+        whole = [*self.listed(), *names]
+        return Masker([*whole, *(_LEGAL_FORM.sub("", name.strip()) for name in whole)], self.word)
 
     def listed(self) -> list[str]:
         """The names of the file."""

@@ -8,7 +8,7 @@ import datasets
 
 from finllm_prune.errors import InputError
 from finllm_prune.tasks.beir import Judged, Retrieval
-from finllm_prune.tasks.masking import Mask, Masker, without_names
+from finllm_prune.tasks.masking import Mask, without_names
 from finllm_prune.tasks.splitting import Split, divided
 
 
@@ -63,7 +63,7 @@ def masked_texts(data: Retrieval, mask: Mask | None, numbers: bool) -> tuple[Ret
     masker = None
     if mask is not None:
         column = [] if mask.column is None else column_of(data, mask.column, list(data.queries), "mask.column")
-        masker = Masker([*mask.listed(), *(name for name in column if isinstance(name, str))], mask.word)
+        masker = mask.masker(name for name in column if isinstance(name, str))
     texts = {"queries": data.queries, "passages": data.passages}
     tables = {name: datasets.Dataset.from_dict({"text": list(each.values())}) for name, each in texts.items()}
     changed, counts = without_names(tables, masker, numbers)
