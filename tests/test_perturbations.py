@@ -35,7 +35,7 @@ def test_numbers_are_multiplied_in_their_own_format(text: str, doubled: str) -> 
 
 @given(st.lists(st.integers(0, 1800), min_size=2, max_size=2, unique=True), st.integers(0, 9))
 def test_what_was_more_is_not_less_afterwards(amounts: list[int], seed: int) -> None:
-    (text,) = Numbers()(rows("from {} to {} units".format(*amounts)), seed)
+    (text,) = Numbers()(rows("from {} to {} units".format(*amounts)), seed)["text"]
     before, after = np.array(amounts), np.array([int(word) for word in text.split() if word.isdigit()])
     assert (before[0] < before[1]) == (after[0] < after[1]) or after[0] == after[1]
 
@@ -62,7 +62,7 @@ def test_companies_become_other_companies_of_the_data(tmp_path: Path) -> None:
         **{f"{KEPT}company": [None, "Dunmore Freight", None, None]},
     )
     change = Companies(column="company", names=str(tmp_path / "names.txt"))
-    one, two, three, four = change(data, 0)
+    one, two, three, four = change(data, 0)["text"]
     assert "Alder Creek Group" not in one
     assert "Borealis Holdings" not in one
     buyer, bought = one.removeprefix("The ").split(";")[0].split(" bought ")
@@ -80,9 +80,36 @@ def test_companies_become_other_companies_of_the_data(tmp_path: Path) -> None:
 def test_a_text_changes_alike_whatever_lies_beside_it(name: str) -> None:
     text = "Alder Creek Group is worth 15 million, Borealis Holdings 20 and Cormorant Bank 30."
     change = PERTURBATIONS[name]()
-    (alone,), (_, beside) = change(rows(text), 3), change(rows("Profit was up.", text), 3)
+    (alone,), (_, beside) = change(rows(text), 3)["text"], change(rows("Profit was up.", text), 3)["text"]
     assert alone == beside
     assert change(rows(text), 3) == change(rows(text), 3)
+
+
+def test_a_pair_changes_with_its_text() -> None:
+    texts = [
+        "Alder Creek Group sold 10 ships to Borealis Holdings.",
+        "Was Alder Creek Group paid?",
+        "Was Alder Creek Group paid?",
+    ]
+    data = rows(
+        *texts, pair=["Alder Creek Group", "Cormorant Bank paid Alder Creek Group 20.", "Alder Creek Group paid 30."]
+    )
+    found = Companies()(data, 1)
+    seller, pair = found["text"][0].split(" sold ")[0], found["pair"][0]
+    assert seller == pair == "Cormorant Bank", "the only name that the text and its pair do not hold"
+    one, other = found["text"][1:]
+    renamed = one.removeprefix("Was ").removesuffix(" paid?")
+    assert one == other, "all pairs of a query ask the same"
+    assert renamed == "Borealis Holdings"
+    assert found["pair"][1:] == [f"Cormorant Bank paid {renamed} 20.", f"{renamed} paid 30."]
+    numbers = Numbers()(data, 1)
+    ten = int(numbers["text"][0].split()[4])
+    assert ten > 10
+    assert numbers["pair"][0] == data["pair"][0]
+    assert [text.split()[-1] for text in numbers["pair"][1:]] != ["20.", "30."]
+    negated = Negations()(data, 1)
+    assert negated["pair"] == list(data["pair"])
+    assert negated["text"] != list(data["text"])
 
 
 def test_slices_hold_each_row_once() -> None:

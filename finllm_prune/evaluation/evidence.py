@@ -206,11 +206,12 @@ class _Both:
         found = []
         for change in self.questions.perturbations:
             texts = change(drawn, seed)
-            before = enumerate(drawn["text"])
-            moved = [place for place, text in before if text != texts[place] and not text.startswith(TURNS)]
+            before, after = (zip(*(source[name] for name in texts), strict=True) for source in (drawn, texts))
+            pairs = enumerate(zip(before, after, strict=True))
+            moved = [place for place, (old, new) in pairs if old != new and not old[0].startswith(TURNS)]
             figures: dict[str, Any] = {"change": names[type(change)], "of": len(units), "rows": 0}
             if moved:
-                content = drawn[moved] | {"text": [texts[place] for place in moved]}
+                content = drawn[moved] | {name: [column[place] for place in moved] for name, column in texts.items()}
                 changed = datasets.Dataset.from_dict(content, features=drawn.features)
                 figures |= self._changed_minds(places[moved], changed, ask)
             found.append(figures)

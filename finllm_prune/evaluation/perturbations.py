@@ -1,7 +1,8 @@
-"""Small changes of texts: whom do they change the mind of? Each is the same for a text and a seed, whatever lies beside it."""
+"""Small changes of texts: whom do they change the mind of? Each is the same for a text (and its pairs) and a seed."""
 
 import random
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,13 @@ _COMPANY = re.compile(
     r"(?:[A-Z][\w&'-]*\s+){1,4}(?:Inc|Corp|Corporation|Company|Co|Ltd|Limited|plc|PLC|LLC|LP|AG|SE|SA|ASA|AB|Oyj|Oy|NV|SpA|GmbH|Group|"
     r"Holdings|Bank|Bancorp|Partners|Trust|Industries)\b"
 )
-_NO_NAME = re.compile(r"^(?:(?:The|A|An|In|At|Of|For|And|But|As|On|By|With|From|Its|Our|Shares)\s+)+")
+_NO_NAME = re.compile(
+    r"^(?:(?:The|A|An|In|At|Of|For|And|But|As|On|By|With|From|Its|Our|Shares|Was|Is|Are|Were|Did|Does|Has|Will|Can|Should|How|Why|What|"
+    r"When|Which|Who)\s+)+"
+)
+
+
+Texts = dict[str, list[str]]  # of the columns text and, where rows have it, pair
 
 
 class Perturbation(Protocol):
@@ -40,7 +47,7 @@ class Perturbation(Protocol):
         """Columns of the data that it needs beside the texts."""
         ...
 
-    def __call__(self, rows: datasets.Dataset, seed: int) -> list[str]:
+    def __call__(self, rows: datasets.Dataset, seed: int) -> Texts:
         """The texts of the rows after the change, which are the same where there is nothing to change."""
         ...
 
@@ -49,14 +56,18 @@ class Perturbation(Protocol):
 class Numbers:
     """All numbers of a text times the same factor, between 1.1 and 2: what was more is more still, so a mind should not change.
 
-    Years, days of a month, and numbers in names (Q3, 10-K) stay as they are.
+    Those of its pair are multiplied by it too. Years, days of a month, and numbers in names (Q3, 10-K) stay as they are.
     """
 
     def columns(self) -> list[str]:
         return []
 
-    def __call__(self, rows: datasets.Dataset, seed: int) -> list[str]:
-        return [self.change(text, random.Random(f"{seed} {text}").uniform(1.1, 2.0)) for text in rows["text"]]
+    def __call__(self, rows: datasets.Dataset, seed: int) -> Texts:
+        factors = [random.Random(f"{seed} {text}").uniform(1.1, 2.0) for text in rows["text"]]
+        return {
+            name: [self.change(text, factor) for text, factor in zip(texts, factors, strict=True)]
+            for name, texts in _texts(rows).items()
+        }
 
     def change(self, text: str, factor: float) -> str:
         """The text with its numbers multiplied, decimals and separators as they were."""
@@ -69,13 +80,16 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Negations:
-    """``not`` behind the first auxiliary verb, or "It is not true that" before the text: here many a mind should change."""
+    """``not`` behind the first auxiliary verb, or "It is not true that" before the text: here many a mind should change.
+
+    A pair stays as it is.
+    """
 
     def columns(self) -> list[str]:
         return []
 
-    def __call__(self, rows: datasets.Dataset, seed: int) -> list[str]:
-        return [self.change(text) for text in rows["text"]]
+    def __call__(self, rows: datasets.Dataset, seed: int) -> Texts:
+        return _texts(rows) | {"text": [self.change(text) for text in rows["text"]]}
 
     def change(self, text: str) -> str:
         """The text with one negation more."""
@@ -87,7 +101,8 @@ class Negations:
 class Companies:
     """Each company in a text becomes another one of the data: what was said of it is the same, so a mind should not change.
 
-    Names are those of the column and the file, and what ends as companies do (Inc, plc, AG, Group, ...).
+    It becomes the same one in the text's pair, or in all passages of a query. Names are those of the column and the file, and
+    what ends as companies do (Inc, plc, AG, Group, ...).
 
     Args:
         column: holds the name of each row's company.
@@ -100,14 +115,25 @@ class Companies:
     def columns(self) -> list[str]:
         return [] if self.column is None else [self.column]
 
-    def __call__(self, rows: datasets.Dataset, seed: int) -> list[str]:
-        names = self._known(rows)
-        masker = Masker(names, "")
-        return [_renamed(text, masker, names, random.Random(f"{seed} {text}")) for text in rows["text"]]
+    def __call__(self, rows: datasets.Dataset, seed: int) -> Texts:
+        names, changed = self._known(rows), _texts(rows)
+        masker, places = Masker(names, ""), defaultdict(list)
+        for place, text in enumerate(rows["text"]):
+            places[text].append(place)
+        for text, same in places.items():
+            chance = random.Random(f"{seed} {text}")
+            pairs = [changed["pair"][place] for place in same] if "pair" in changed else []
+            new, *news = _renamed([text, *pairs], masker, names, chance)
+            for number, place in enumerate(same):
+                changed["text"][place] = new
+                if news:
+                    changed["pair"][place] = news[number]
+        return changed
 
     def _known(self, rows: datasets.Dataset) -> list[str]:
         """All names, in the order of the alphabet."""
-        names = {_NO_NAME.sub("", found[0]) for text in rows["text"] for found in _COMPANY.finditer(text)}
+        texts = {text for column in _texts(rows).values() for text in column}
+        names = {_NO_NAME.sub("", found[0]) for text in texts for found in _COMPANY.finditer(text)}
         if self.column is not None:
             names |= {str(name).strip() for name in rows[f"{KEPT}{self.column}"] if name}
         if self.names is not None:
@@ -120,8 +146,14 @@ class Companies:
         return sorted(name for name in names if " " in name or len(name) > 1)
 
 
-def _renamed(text: str, masker: Masker, names: Sequence[str], chance: random.Random) -> str:
-    others = [name for name in names if name.lower() not in text.lower()]
+def _texts(rows: datasets.Dataset) -> Texts:
+    return {name: list(rows[name]) for name in ("text", "pair") if name in rows.column_names}
+
+
+def _renamed(texts: Sequence[str], masker: Masker, names: Sequence[str], chance: random.Random) -> list[str]:
+    """The texts with each name replaced by the same other name, which is in none of them."""
+    whole = "\n".join(texts).lower()
+    others = [name for name in names if name.lower() not in whole]
     chance.shuffle(others)
     given: dict[str, str] = {}
 
@@ -130,7 +162,7 @@ def _renamed(text: str, masker: Masker, names: Sequence[str], chance: random.Ran
             given[name] = others.pop()
         return given.get(name, name)
 
-    return masker(text, other)
+    return [masker(text, other) for text in texts]
 
 
 def _times(number: str, factor: float) -> str:
