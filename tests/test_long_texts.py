@@ -1,9 +1,6 @@
 """Long texts: the tokens at their ends are those of the whole, and memory does not grow with the file."""
 
 import json
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finllm_prune.tasks import ends
 from finllm_prune.tasks.ends import both_ends, first_tokens
-from tests import small
+from tests.scripts import script
 
 words = st.sampled_from(["profit", "fell", "by", "12.5%", "EUR", "unheard-of", "x" * 40, "\n\n", "      ", "é"])
 texts = st.lists(words, max_size=60).map(" ".join)
@@ -48,67 +45,26 @@ def test_what_lies_between_is_not_read(tokenizer: PreTrainedTokenizerFast, monke
     assert max(read) <= 2 * 20 * 8
 
 
-MEASURED = """
-import sys, threading, time
-import datasets
-from transformers import AutoTokenizer
-from finllm_prune.tasks.filings import Filings
-
-def held():  # pages of mapped files are the kernel's to take back, so they are not counted
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-
-def watch():
-    while running:
-        peaks.append(held())
-        time.sleep(0.005)
-
-datasets.disable_progress_bars()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-task = Filings(dataset=sys.argv[2], clean=True, strategy=sys.argv[3], deduplicate=True, max_length=32, bad_rows="skip")
-before, peaks, running = held(), [], True
-watcher = threading.Thread(target=watch)
-watcher.start()
-examples = task.load()
-rows = sum(len(task.tokenize(rows, tokenizer)) for rows in examples.splits.values())
-examples.fingerprint()
-running = False
-watcher.join()
-print(rows, sum(examples.facts["bad_rows"].get("train", {}).values()), max(peaks) - before)
-"""
-
-
-def write_large(folder: Path, documents: int) -> None:
-    """Documents of 20 kB; one in a hundred of the training documents has no text."""
-    random.seed(0)
-    for split, part in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
-        folder.mkdir(exist_ok=True)
-        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for i in range(round(part * documents)):
-                text = f"<p>{split} {i}</p>" + " ".join(random.choices(("profit", "loss", "item", "&amp;"), k=3500))
-                row = {
-                    "text": "" if split == "train" and i % 100 == 0 else text,
-                    "label": small.rows("train")[i % 3]["label"],
-                }
-                file.write(json.dumps(row) + "\n")
-
-
 @pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
-@pytest.mark.parametrize("strategy", ["head_tail"])
+@pytest.mark.parametrize("strategy", ["head_tail", "windows"])
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    peaks = {}
-    for documents in (2000, 4000):
-        write_large(folder := tmp_path / str(documents), documents)
-        command = [sys.executable, "-c", MEASURED, tmp_path / "tokenizer", folder, strategy]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        rows, bad, peaks[documents] = map(int, done.stdout.split())
-        assert (rows, bad) == (documents - documents // 125, documents // 125), "every row is counted"
-    sizes = [sum(file.stat().st_size for file in (tmp_path / name).iterdir()) / 1024 for name in ("2000", "4000")]
-    # The reader of jsonl takes 10 MB at a time, and the small file is three times as large as that.
-    assert peaks[4000] - peaks[2000] < 0.75 * (sizes[1] - sizes[0]), peaks
+    with script("bench_reading", monkeypatch) as measure:
+        sizes = ["--megabytes", "40", "120", "--max-length", "32"]
+        measure(
+            *sizes, "--strategies", strategy, "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "out")
+        )
+    small, large = json.loads((tmp_path / "out").read_text())
+    for read in (small, large):
+        documents = read["documents"]
+        assert read["bad"] == -(-round(0.8 * documents) // 100), "one training document in a hundred has no text"
+        assert read["rows"] == sum(round(part * documents) for part in (0.8, 0.1, 0.1)) - read["bad"], (
+            "every row is counted"
+        )
+    # The reader of jsonl takes 10 MB at a time, and the small file is four times as large as that.
+    assert large["peak"] - small["peak"] < 0.2 * (large["bytes"] - small["bytes"]), (small, large)
