@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def main() -> None:
             each = write(Path(place) / "one", 100, args.words) / 100
             size = write(folder := Path(place) / "data", documents := round(megabytes * 1e6 / each), args.words)
             for strategy in args.strategies:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    found = pool.apply(read, (folder, strategy, args.tokenizer, args.max_length))
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                    found = process.submit(read, folder, strategy, args.tokenizer, args.max_length).result()
                 rows.append({"bytes": size, "documents": documents, "strategy": strategy, **found})
                 print(
                     f"| {size / 1e6:.0f} | {documents} | {strategy} | {found['rows']} | {found['bad']} "
