@@ -14,12 +14,18 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from finllm_prune.checkpoints import GRAPH, SERVED, find_format, prove_rows, serve, verify
 from finllm_prune.checkpoints import onnx as graphs
 from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.errors import InputError, ProofError
+from finllm_prune.export import export
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Head, Neuron, Pruner, Random, Rule, Uniform
 from finllm_prune.recipe import parse
@@ -234,6 +240,24 @@ def test_every_family_has_its_graphs(
     manifest = verify(tmp_path / "onnx-int8")
     assert manifest["agreement"] > 0.8
     assert 1e-4 < farthest(tmp_path / "onnx-int8", model, inputs) < 3 * manifest["difference"]
+
+
+@pytest.mark.slow
+def test_a_graph_of_a_half_precision_model_is_held_against_its_weights_in_fp32(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, one_graph: None
+) -> None:
+    narrow(layers=1, hidden=16).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    export(tmp_path / "half", tmp_path / "out", SERVED)
+    half, model = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "half", dtype=dtype).eval()
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    for name in SERVED:
+        assert verify(tmp_path / "out" / name)["format"] == name
+        assert json.loads((tmp_path / "out" / name / "config.json").read_text())["dtype"] == "float32"
+    assert farthest(tmp_path / "out" / "onnx", model, read(tokenizer)) < 1e-4
+    assert farthest(tmp_path / "out" / "onnx", half, read(tokenizer)) > 1e-4, "what half precision rounds is no fault"
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from finllm_prune.checkpoints.formats import GRAPH
 from finllm_prune.checkpoints.manifest import refuse_changed, write_manifest
-from finllm_prune.checkpoints.proof import compare_logits, logits_of, probe_of
+from finllm_prune.checkpoints.proof import compare_logits, in_fp32, logits_of, probe_of
 from finllm_prune.checkpoints.ragged import smallest
 from finllm_prune.staging import staged
 
@@ -71,8 +71,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Write and prove the graph; returns the model that it was made of.
 
     Raises:
-        ProofError: onnxruntime's logits differ from the model's in memory by more than 1e-4; then no folder is left behind.
+        ProofError: onnxruntime's logits differ from those of the model in memory, its weights in fp32, by more than 1e-4; then
+            no folder is left behind.
     """
+    model = in_fp32(model)
     smaller = exportable(model)
     with staged(folder) as partial:
         write_graph(model, smaller, tokenizer, partial)

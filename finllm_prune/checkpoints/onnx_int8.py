@@ -17,7 +17,7 @@ from finllm_prune.checkpoints.formats import GRAPH
 from finllm_prune.checkpoints.manifest import write_manifest
 from finllm_prune.checkpoints.onnx import Served, exportable, write_graph
 from finllm_prune.checkpoints.onnx import engine as graph_engine
-from finllm_prune.checkpoints.proof import agreement, logits_of, probe_of
+from finllm_prune.checkpoints.proof import agreement, in_fp32, logits_of, probe_of
 from finllm_prune.errors import ProofError
 from finllm_prune.staging import staged
 
@@ -32,6 +32,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     Raises:
         ProofError: the fp32 graph is not the model in memory, or the int8 one gives no numbers; then no folder is left behind.
     """
+    model = in_fp32(model)
     smaller = exportable(model)
     with staged(folder) as partial:
         write_graph(model, smaller, tokenizer, partial)

@@ -1,12 +1,13 @@
 """Every saved checkpoint is proved: when it is written, against the model in memory; later, from its files alone."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune import inference
@@ -146,6 +147,16 @@ def logits_of(model: PreTrainedModel | Callable[..., Any], inputs: dict[str, Ten
     logits: Tensor = model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.float().cpu()
     model.train(was_training)
     return some_of(logits)
+
+
+def in_fp32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a copy where its weights are of other precision: what a graph, which is fp32, is held against."""
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return model
+    whole = copy.deepcopy(model)
+    nn.Module.to(whole, dtype=torch.float32)
+    whole.config.dtype = torch.float32
+    return whole
 
 
 def some_of(logits: Tensor) -> Tensor:
