@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
 
-from finllm_prune.checkpoints import delta, exported_in, find_format, verify
+from finllm_prune.checkpoints import SERVED, delta, exported_in, find_format, refuse_no_graph, verify
 from finllm_prune.checkpoints.manifest import MANIFEST, REPORT
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import auto_class
@@ -55,6 +55,8 @@ def export(model: Path, out: Path, formats: Sequence[str], *, overwrite: bool = 
     source = _source(model)
     _check_out(source, out, overwrite)
     loaded, tokenizer = _load(source), load_tokenizer(str(source))
+    for name in [name for name in saves if name in SERVED][:1]:
+        refuse_no_graph(loaded, "export", name, "name another format", finished=True)
     with staged(out) as partial:
         for name, save in saves.items():
             save(loaded, tokenizer, partial / name)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from finllm_prune.checkpoints import SERVED, find_engine
+from finllm_prune.checkpoints import SERVED, find_engine, refuse_no_graph
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Engine, Target, on_cpu, price, refuse_one_unit
 from finllm_prune.families import Architecture, Family, find_architecture, is_causal
@@ -45,7 +45,6 @@ from finllm_prune.workfolder import CHECKPOINTS, check_batch, check_output, chec
 logger = logging.getLogger(__name__)
 
 _MUCH = 10**9  # bytes of a criterion's state that are told before training
-GRAPH_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def _check_rules(recipe: Recipe, architecture: Architecture, model: PreTrainedMo
     refuse_unreachable(groups)
     _tell_size(groups)
     whole = architecture.whole_units(model, rules) if recipe.pruning.fill else []
-    _check_graph(recipe, architecture, model)
+    _check_graph(recipe, model)
     if recipe.peft is not None:
         _check_adapters(recipe.peft, architecture, model, rules)
     _check_fit(recipe, architecture, model.config, [*rules, *(group.rule for group in whole)])
@@ -310,24 +309,14 @@ def _trim(
     return trimmed, change
 
 
-def _check_graph(recipe: Recipe, architecture: Architecture, model: PreTrainedModel) -> None:
+def _check_graph(recipe: Recipe, model: PreTrainedModel) -> None:
     """What no ONNX graph can be made of, or none was tried on."""
     target = recipe.pruning.target
     asked = [("export", name, f"drop {name} from export") for name in recipe.export if name in SERVED]
     if target is not None and target.runtime in SERVED:
         asked.append(("pruning.target.runtime", target.runtime, "use torch"))
     for key, name, remedy in asked[:1]:
-        if not isinstance(architecture, Family):
-            raise InputError(
-                f"{key}: {name} is made of models with a family, and {model.config.model_type} has none; {remedy}"
-            )
-        if recipe.task.pipeline_tag == "text-generation":
-            raise InputError(f"{key}: {name} serves classifiers and rerankers, not a model that writes; {remedy}")
-        if model.num_parameters() * 4 > GRAPH_BYTES:
-            raise InputError(
-                f"{key}: an ONNX file holds at most 2 GB, and this model has {model.num_parameters() * 4 / 1e9:.1f} GB in "
-                f"fp32; {remedy}"
-            )
+        refuse_no_graph(model, key, name, remedy)
 
 
 def training_arguments(recipe: Recipe, work: Path, phase: str, changes: dict[str, Any]) -> TrainingArguments:

@@ -13,6 +13,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.export import export, export_delta
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Magnitude, Neuron, Pruner, Rule
+from tests.causal import byte_tokenizer, causal
 from tests.conftest import Call, tiny_model
 
 
@@ -163,6 +164,26 @@ def test_one_format_that_fails_leaves_none(tmp_path: Path, tokenizer: PreTrained
         export(tmp_path / "source", tmp_path / "new", ["masked", "compact"])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     export(tmp_path / "source", tmp_path / "new", ["masked"])
+
+
+def test_what_no_graph_can_be_made_of_is_one_sentence(
+    call: Call, run_output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal().save_pretrained(tmp_path / "writer")
+    byte_tokenizer().save_pretrained(tmp_path / "writer")
+    shutil.copytree(run_output / "dense", tmp_path / "other")
+    tiny_model("mpnet").save_pretrained(tmp_path / "other")
+    monkeypatch.setattr("finllm_prune.checkpoints.graphs.GRAPH_BYTES", 1000)
+    for source, name, told in (
+        (tmp_path / "writer", "onnx", "onnx serves classifiers and rerankers, not a model that writes"),
+        (tmp_path / "writer", "onnx-int8", "onnx-int8 serves classifiers and rerankers, not a model that writes"),
+        (tmp_path / "other", "onnx", "onnx is made of models with a family, and mpnet has none"),
+        (run_output, "onnx", "an ONNX file holds at most 2 GB, and this model has 0.0 GB in fp32"),
+    ):
+        assert call("export", source, tmp_path / "new", "--to", "masked", "--to", name) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"export: {told}; name another format")
+    assert {path.name for path in tmp_path.iterdir()} == {"writer", "other"}
 
 
 def test_delta_from_the_command_line(

@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finllm_prune.checkpoints import GRAPH, SERVED, find_format, prove_rows, serve, verify
+from finllm_prune.checkpoints import GRAPH, SERVED, find_format, prove_rows, refuse_no_graph, serve, verify
 from finllm_prune.checkpoints import onnx as graphs
 from finllm_prune.checkpoints.manifest import MANIFEST
+from finllm_prune.checkpoints.ragged import smallest
 from finllm_prune.errors import InputError, ProofError
 from finllm_prune.export import export
 from finllm_prune.families import find_family
@@ -276,9 +277,20 @@ def recipe(tmp_path: Path, tiny_folder: small.TinyFolder) -> dict[str, object]:
 def test_a_model_that_no_onnx_file_can_hold_is_refused_before_training(
     recipe: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finllm_prune.prepare.GRAPH_BYTES", 1000)
+    monkeypatch.setattr("finllm_prune.checkpoints.graphs.GRAPH_BYTES", 1000)
     with pytest.raises(InputError, match=r"^export: an ONNX file holds at most 2 GB, .*; drop onnx from export$"):
         run(parse(recipe))
+
+
+def test_of_a_finished_model_only_what_is_left_has_to_fit_into_a_graph(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = smallest(model).num_parameters() * 4
+    assert left < model.num_parameters() * 4
+    monkeypatch.setattr("finllm_prune.checkpoints.graphs.GRAPH_BYTES", left)
+    refuse_no_graph(model, "export", "onnx", "wait", finished=True)
+    with pytest.raises(InputError, match="holds at most 2 GB"):
+        refuse_no_graph(model, "export", "onnx", "wait")
 
 
 @pytest.mark.slow
