@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,6 +223,21 @@ def test_a_damaged_delta_leaves_the_base_as_it_was(base: PreTrainedModel, tmp_pa
     before = bits(base)
     with pytest.raises(ProofError, match="cannot be applied: the result is not the model that it was made of"):
         delta.apply(base, folder)
+    assert bits(base) == before
+
+
+@pytest.mark.parametrize("version", [0, 2, -1])
+def test_a_delta_of_another_version_is_neither_proved_nor_applied(
+    base: PreTrainedModel, tasks: dict[Path, PreTrainedModel], tmp_path: Path, version: int
+) -> None:
+    shutil.copytree(next(iter(tasks)), tmp_path / "delta")
+    manifest, before = json.loads((tmp_path / "delta" / MANIFEST).read_text()), bits(base)
+    (tmp_path / "delta" / MANIFEST).write_text(json.dumps(manifest | {"format_version": version}))
+    for read in (verify, lambda folder: delta.apply(base, folder)):
+        with pytest.raises(
+            ProofError, match=rf"has the format version {version}, and this finllm_prune reads 1; upgrade"
+        ):
+            read(tmp_path / "delta")
     assert bits(base) == before
 
 

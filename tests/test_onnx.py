@@ -194,6 +194,17 @@ def test_verify_holds_the_graph_against_the_recorded_logits_and_classes(spoilt: 
             verify(spoilt)
 
 
+@pytest.mark.parametrize("version", [0, 2, -1])
+def test_a_graph_of_another_version_is_neither_proved_nor_served(spoilt: Path, version: int) -> None:
+    manifest = json.loads((spoilt / MANIFEST).read_text())
+    (spoilt / MANIFEST).write_text(json.dumps(manifest | {"format_version": version}))
+    for read_it in (verify, serve):
+        with pytest.raises(
+            ProofError, match=rf"has the format version {version}, and this finllm_prune reads 1; upgrade"
+        ):
+            read_it(spoilt)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_one_sentence_before_training(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for module in ("onnx", "onnx_int8"):
