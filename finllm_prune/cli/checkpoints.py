@@ -43,14 +43,24 @@ def export(
     to: Annotated[list[str], typer.Option(metavar="FORMAT", help="A format to write; can be given again.")],
     overwrite: Annotated[bool, typer.Option(help="Replace an OUT that holds exported checkpoints only.")] = False,
 ) -> None:
-    """Write a finished model in other formats, each proved equal to it; whole or not at all.
+    """Write a finished model in other formats, each proved; whole or not at all.
 
     \b
     finllm-prune export outputs/quickstart exported --to compact
     finllm-prune export outputs/quickstart/masked exported --to masked --to compact --overwrite
 
-    masked keeps zeros in place; compact leaves out what has no effect and is smaller and faster. An unknown FORMAT lists
-    all there are. The source is proved first where it has a manifest; its card and recipe are carried along.
+    \b
+    masked         zeros in place: size and speed of dense; loads anywhere
+    compact        what has no effect is gone, blocks are of one width; loads anywhere
+    ragged         each block as narrow as it can be; after import finllm_prune
+    ragged-remote  ragged for trust_remote_code=True, without this package
+    packed         ragged, zeros in one bit: a small file; after import finllm_prune
+    packed-int8    packed with 8-bit values: the smallest file; not equal
+    onnx           ragged as a graph for onnxruntime, without PyTorch; no language models
+    onnx-int8      that graph in 8 bits: smaller and faster; not equal
+
+    What is not equal to the model is measured instead, and the manifest says how far it lies. The source is proved first where
+    it has a manifest; its card and recipe are carried along.
 
     Exit codes: 0 done, 2 bad input or a full disk (OUT is as it was), 4 a proof failed (OUT is as it was).
     """
