@@ -109,9 +109,9 @@ def _export(ready: Prepared, student: PreTrainedModel) -> dict[str, Classifier]:
         folder = ready.work / name
         written = find_format(name)(student, ready.tokenizer, folder)
         exported[name] = serve(folder) if name in SERVED else written
-        if name in SERVED and name not in LOSSY:
+        if name in SERVED:
             collator = ready.recipe.task.collator(ready.tokenizer)
-            prove_rows(exported[name], student, ready.tokens["test"], collator, folder)
+            prove_rows(exported[name], student, ready.tokens["test"], collator, folder, ready.examples.source)
     return exported
 
 

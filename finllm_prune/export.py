@@ -2,18 +2,32 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
 from transformers import AutoConfig, PreTrainedModel
 
-from finllm_prune.checkpoints import SERVED, delta, exported_in, find_format, refuse_no_graph, verify
+from finllm_prune.checkpoints import (
+    SERVED,
+    delta,
+    exported_in,
+    find_format,
+    prove_rows,
+    refuse_no_graph,
+    serve,
+    verify,
+)
 from finllm_prune.checkpoints.manifest import MANIFEST, REPORT
+from finllm_prune.checkpoints.proof import ROWS
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import auto_class
 from finllm_prune.hub.base_model import locate
-from finllm_prune.loading import load_tokenizer, without_load_report
+from finllm_prune.loading import load_tokenizer, refuse_no_padding, without_load_report
+from finllm_prune.recipe import Recipe
 from finllm_prune.staging import recover, staged
+from finllm_prune.tasks import Task, find_task
+from finllm_prune.tasks.classification import Classification
 
 _WEIGHTS = (".safetensors", ".onnx", ".data")
 _CARD = ("README.md", "recipe.yaml")
@@ -55,11 +69,16 @@ def export(model: Path, out: Path, formats: Sequence[str], *, overwrite: bool = 
     source = _source(model)
     _check_out(source, out, overwrite)
     loaded, tokenizer = _load(source), load_tokenizer(str(source))
-    for name in [name for name in saves if name in SERVED][:1]:
+    graphs = [name for name in saves if name in SERVED]
+    for name in graphs[:1]:
         refuse_no_graph(loaded, "export", name, "name another format", finished=True)
+        refuse_no_padding(str(source), loaded, tokenizer)
+    texts = texts_for(source) if graphs else None
     with staged(out) as partial:
         for name, save in saves.items():
             save(loaded, tokenizer, partial / name)
+            if texts is not None and name in graphs:
+                _prove_texts(loaded, partial / name, *texts)
             _carry_card(source, partial / name)
     return [_written(out / name, name, _weights(source)) for name in saves]
 
@@ -107,6 +126,41 @@ def _load(location: str | Path, *, whole: bool = True) -> PreTrainedModel:
         )
     classifier: PreTrainedModel = model.eval()
     return classifier
+
+
+def texts_for(source: Path) -> tuple[Task, datasets.Dataset, str]:
+    """Real texts for a model: its task, some test rows of it, and where they come from, in words.
+
+    Those of the recipe beside the model; where its data is gone, the ones embedded for its task, and without a recipe of this
+    version the embedded sentences.
+    """
+    task: Task = find_task("sentiment")()
+    try:
+        task = Recipe.load(source / "recipe.yaml").task
+        # Texts without labels are for training alone, and may be gone.
+        task = replace(task, unlabelled=None) if isinstance(task, Classification) else task
+        examples = task.load()
+    except InputError:
+        task = type(task)()
+        examples = task.load()
+    rows = examples.splits["test"]
+    return task, rows.select(range(min(ROWS, len(rows)))), examples.source
+
+
+def _prove_texts(model: PreTrainedModel, folder: Path, task: Task, rows: datasets.Dataset, origin: str) -> None:
+    """Hold a graph against the model on texts that the tokenizer in the graph's folder reads."""
+    tokenizer = load_tokenizer(str(folder))
+    task.fit_tokenizer(tokenizer, model.config)
+    longest = model.config.max_position_embeddings - 4  # RoBERTa counts from the padding token's id
+    tokenizer.model_max_length = min(longest, tokenizer.model_max_length)
+    try:
+        tokens = task.tokenize(rows, tokenizer)
+        prove_rows(serve(folder), model, tokens, task.collator(tokenizer), folder, origin)
+    except IndexError as error:
+        raise InputError(
+            f"export: the tokenizer makes tokens that the model does not know ({one_line(error)}); save the model's own beside "
+            "it"
+        ) from error
 
 
 def _check_out(source: Path, out: Path, overwrite: bool) -> None:

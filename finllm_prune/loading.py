@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import is_causal
@@ -68,6 +69,17 @@ def load_tokenizer(location: str, key: str = "model") -> PreTrainedTokenizerBase
     except Exception as error:  # as above
         raise InputError(f"{key}: the tokenizer of {location} cannot be read: {one_line(error)}") from error
     return tokenizer
+
+
+def refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where texts of several lengths make no batch."""
+    # Encoders are told by the attention mask what is padding; these look for its token.
+    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
+    if seeks_padding or tokenizer.pad_token is None:
+        raise InputError(
+            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
+            "in its config (the end-of-text token will do) and save both"
+        )
 
 
 class OtherLabels(InputError):

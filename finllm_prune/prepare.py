@@ -16,7 +16,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
 
 from finllm_prune.checkpoints import SERVED, find_engine, refuse_no_graph
 from finllm_prune.errors import InputError, one_line
@@ -24,7 +23,7 @@ from finllm_prune.evaluation import Engine, Target, on_cpu, price, refuse_one_un
 from finllm_prune.families import Architecture, Family, find_architecture, is_causal
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
-from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
+from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer, refuse_no_padding
 from finllm_prune.pruning import (
     Calibrated,
     Costs,
@@ -136,7 +135,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     model = load_model(recipe.task, location, examples.labels)
     tokenizer = load_tokenizer(location)
     recipe.task.fit_tokenizer(tokenizer, config)
-    _refuse_no_padding(location, model, tokenizer)
+    refuse_no_padding(location, model, tokenizer)
     vocabulary = None if recipe.vocabulary is None else _trim(recipe.vocabulary, model, tokenizer, examples)
     tokenizer = tokenizer if vocabulary is None else vocabulary[0].tokenizer
     small = model
@@ -197,16 +196,6 @@ def _refuse_unsplittable(recipe: Recipe) -> None:
         raise InputError(
             "recovery: FSDP splits the optimizer's moments among ranks, and the small model cannot take them over; remove the "
             "key, or launch with DDP"
-        )
-
-
-def _refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    # Encoders are told by the attention mask what is padding; these look for its token.
-    seeks_padding = isinstance(model, GenericForSequenceClassification) and model.config.pad_token_id is None
-    if seeks_padding or tokenizer.pad_token is None:
-        raise InputError(
-            f"model: {location} has no padding token, which batches need; set pad_token in its tokenizer and pad_token_id "
-            "in its config (the end-of-text token will do) and save both"
         )
 
 

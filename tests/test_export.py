@@ -1,20 +1,25 @@
 """``export`` and ``delta`` of a saved model: what they write, what they refuse, and what stays when they fail."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from finllm_prune.checkpoints import FORMATS, GRAPH, delta, find_format, verify
+from finllm_prune.checkpoints import FORMATS, GRAPH, SERVED, delta, find_format, verify
 from finllm_prune.checkpoints.manifest import MANIFEST
 from finllm_prune.errors import InputError
 from finllm_prune.export import export, export_delta
 from finllm_prune.families import find_family
 from finllm_prune.pruning import Constant, Magnitude, Neuron, Pruner, Rule
+from tests import small
 from tests.causal import byte_tokenizer, causal
 from tests.conftest import Call, tiny_model
+from tests.rankings import write_set
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,11 @@ def test_every_format_can_be_written_and_read_again(run_output: Path, tmp_path: 
     for each in written:
         assert each.bytes == round(each.ratio * by_name["masked"].bytes / by_name["masked"].ratio) > 0
         assert each.files == sum(path.is_file() for path in each.folder.iterdir())
-        verify(each.folder)
+        manifest = verify(each.folder)
+        if each.format in SERVED:
+            assert manifest["rows"]["source"] == "the sentiment sentences that finllm-prune embeds"
+            assert manifest["rows"]["count"] == 64
+            assert manifest["rows"]["difference"] < (1e-4 if each.format == "onnx" else 1)
     [again] = export(tmp_path / "first" / "compact", tmp_path / "again", ["masked"])
     assert again.ratio == pytest.approx(1), "what is gone does not come back"
 
@@ -184,6 +193,80 @@ def test_what_no_graph_can_be_made_of_is_one_sentence(
         [line] = capsys.readouterr().err.splitlines()
         assert line.endswith(f"export: {told}; name another format")
     assert {path.name for path in tmp_path.iterdir()} == {"writer", "other"}
+
+
+@pytest.fixture
+def sham_graph(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """In the place of a graph the torch model itself, whose logits are off by the one number that a test may change."""
+    off, held = [0.0], []
+
+    def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+        held.append(model)
+        find_format("masked")(model, tokenizer, folder)
+
+    def serve(folder: Path) -> Callable[..., SequenceClassifierOutput]:
+        return lambda **inputs: SequenceClassifierOutput(logits=held[-1](**inputs).logits + off[0])
+
+    monkeypatch.setattr("finllm_prune.export.find_format", lambda name: save)
+    monkeypatch.setattr("finllm_prune.export.serve", serve)
+    return off
+
+
+def with_recipe(source: Path, folder: Path, **task: object) -> Path:
+    """A copy of a model with the recipe of such a task beside it."""
+    shutil.copytree(source, folder)
+    rules = [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]
+    recipe = {"model": "x", "task": task, "output": "x", "pruning": {"rules": rules}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return folder
+
+
+def test_a_graph_is_held_against_the_texts_of_the_recipe_beside_the_model(
+    run_output: Path, tmp_path: Path, sham_graph: list[float]
+) -> None:
+    dense, data = run_output / "dense", small.write_folder(tmp_path / "data")
+    gone = {"text_column": "headline", "label_column": "mood", "unlabelled": str(tmp_path / "gone.txt")}
+    sources = {
+        "own": (with_recipe(dense, tmp_path / "own", name="sentiment", dataset=str(data)), "the local folder data", 9),
+        "gone": (
+            with_recipe(dense, tmp_path / "gone", name="filings", dataset=str(tmp_path / "absent"), **gone),
+            "the passages of filings that finllm-prune embeds",
+            64,
+        ),
+        "none": (dense, "the sentiment sentences that finllm-prune embeds", 64),
+    }
+    ranking = with_recipe(dense, tmp_path / "ranking", name="reranking", dataset=str(write_set(tmp_path / "beir")))
+    tiny_model(labels=["relevance"]).save_pretrained(ranking)
+    sources["ranking"] = (ranking, "the local folder beir", 48)  # of 12 queries 4 passages that share a word with them
+    for name, (source, origin, count) in sources.items():
+        [written] = export(source, tmp_path / "new" / name, ["onnx"])
+        rows = json.loads((written.folder / MANIFEST).read_text())["rows"]
+        assert (rows["source"], rows["count"]) == (origin, count)
+        assert rows["difference"] < 1e-5
+        assert rows["agreement"] == 1
+
+
+def test_a_graph_that_says_something_else_of_real_texts_is_not_written(
+    call: Call, run_output: Path, tmp_path: Path, sham_graph: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sham_graph[0] = 0.01
+    assert call("export", run_output, tmp_path / "new", "--to", "onnx") == 4
+    assert "its logits differ by 0.01 from the model that was evaluated" in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("sham_graph")
+def test_a_tokenizer_that_no_graph_can_be_held_by_is_one_sentence(run_output: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(run_output / "dense", source)
+    tiny_model(vocab_size=20).save_pretrained(source)
+    with pytest.raises(InputError, match="the tokenizer makes tokens that the model does not know"):
+        export(source, tmp_path / "new", ["onnx"])
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
+    with pytest.raises(InputError, match="has no padding token, which batches need"):
+        export(source, tmp_path / "new", ["onnx"])
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_delta_from_the_command_line(

@@ -115,11 +115,18 @@ def test_a_graph_is_held_against_the_model_on_rows_of_real_texts(
 ) -> None:
     rows = Dataset.from_list([dict(tokenizer(row["text"], truncation=True)) for row in small.rows("train")])
     served, collator, other = serve(exported / "onnx"), DataCollatorWithPadding(tokenizer), copy.deepcopy(model)
-    prove_rows(served, model, rows, collator, exported / "onnx")
+    prove_rows(served, model, rows, collator, exported / "onnx", "here")
+    found = verify(exported / "onnx")["rows"]
+    assert (found["source"], found["count"], found["agreement"]) == ("here", len(rows), 1)
+    assert found["difference"] < 1e-4
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(1.01)
     with pytest.raises(ProofError, match=r"onnx: its logits differ by .* from the model that was evaluated"):
-        prove_rows(served, other, rows, collator, exported / "onnx")
+        prove_rows(served, other, rows, collator, exported / "onnx", "here")
+    prove_rows(serve(exported / "onnx-int8"), model, rows, collator, exported / "onnx-int8", "here")
+    found = verify(exported / "onnx-int8")["rows"]
+    assert found["difference"] > 1e-4, "measured, and not refused"
+    assert found["agreement"] > 0.8
 
 
 def test_token_types_reach_the_graph(exported: Path, model: PreTrainedModel) -> None:

@@ -9,7 +9,8 @@ and tokens are free; the inputs are those that the tokenizer makes and the model
     (logits,) = session.run(None, {each.name: batch[each.name] for each in session.get_inputs()})
     print([labels[i] for i in logits.argmax(-1)])
 
-Single zeros make it no faster. Not covered: graphs above 2 GB, the limit of one ONNX file.
+A run and ``finllm-prune export`` hold it against the model on real texts too, as the folder's tokenizer reads them: "rows" of
+the manifest. Single zeros make it no faster. Not covered: graphs above 2 GB, the limit of one ONNX file.
 """
 
 import inspect

@@ -2,7 +2,8 @@
 
 Matrices and embeddings are stored as int8; what meets the matrices becomes 8 bits on the way, with one scale per batch, so a
 text's logits move a little with its neighbours. The manifest says how far the logits of 64 rows of random tokens lie from
-those of the model in memory ("difference"), and on which part of them both predict the same class ("agreement").
+those of the model in memory ("difference"), and on which part of them both predict the same class ("agreement"); the same of
+real texts under "rows".
 """
 
 import logging

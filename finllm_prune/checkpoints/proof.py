@@ -1,6 +1,7 @@
 """Every saved checkpoint is proved: when it is written, against the model in memory; later, from its files alone."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
 from finllm_prune import inference
-from finllm_prune.checkpoints.formats import FORMATS, SERVED, find_format, serve
-from finllm_prune.checkpoints.manifest import DELTA, damaged, manifest_alone, read_manifest, write_manifest
+from finllm_prune.checkpoints.formats import FORMATS, LOSSY, SERVED, find_format, serve
+from finllm_prune.checkpoints.manifest import DELTA, MANIFEST, damaged, manifest_alone, read_manifest, write_manifest
 from finllm_prune.errors import ProofError, one_line
 from finllm_prune.families import auto_class, find_architecture
 from finllm_prune.staging import staged
@@ -53,16 +54,26 @@ def save_proved(
 
 
 def prove_rows(
-    served: Callable[..., Any], model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, folder: Path
-) -> None:
+    served: Callable[..., Any], model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, folder: Path,
+    source: str,
+) -> None:  # fmt: skip
     """Hold what was made of a folder against the model in memory on the first 64 of these rows: real texts, as padded in use.
 
+    What came of it lies in the manifest as "rows" afterwards. Of what is another model (``LOSSY``) it is measured alone.
+
+    Args:
+        source: where the rows come from, in words.
+
     Raises:
-        ProofError: their logits differ by more than the manifest in the folder allows for its probe.
+        ProofError: their logits differ by more than the manifest in the folder allows for its probe, or are no numbers.
     """
-    few = rows.select(range(min(ROWS, len(rows))))
-    got, expected = (inference.logits_of(each, few, collator) for each in (served, model))
-    compare_logits(got, expected, folder, float(manifest_alone(folder)["probe"]["tolerance"]))
+    manifest, few = manifest_alone(folder), rows.select(range(min(ROWS, len(rows))))
+    expected, got = (inference.logits_of(each, few, collator) for each in (in_fp32(model), served))
+    lossy = manifest["format"] in LOSSY
+    compare_logits(got, expected, folder, float("inf") if lossy else float(manifest["probe"]["tolerance"]))
+    measured = {"difference": float((got - expected).abs().max()), "agreement": agreement(got, expected)}
+    told = manifest | {"rows": {"source": source, "count": len(few), **measured}}
+    (folder / MANIFEST).write_text(json.dumps(told))
 
 
 def verify(folder: Path) -> dict[str, Any]:

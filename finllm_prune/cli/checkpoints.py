@@ -59,8 +59,9 @@ def export(
     onnx           ragged as a graph for onnxruntime, without PyTorch; no language models
     onnx-int8      that graph in 8 bits: smaller and faster; not equal
 
-    What is not equal to the model is measured instead, and the manifest says how far it lies. The source is proved first where
-    it has a manifest; its card and recipe are carried along.
+    What is not equal to the model is measured instead, and the manifest says how far it lies. A graph is also held against the
+    model on texts: those of the recipe beside it, or embedded ones. The source is proved first where it has a manifest; its
+    card and recipe are carried along.
 
     Exit codes: 0 done, 2 bad input or a full disk (OUT is as it was), 4 a proof failed (OUT is as it was).
     """
