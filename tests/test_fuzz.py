@@ -251,7 +251,7 @@ def test_a_damaged_delta_leaves_its_base_as_it_is(difference: Path, base: PreTra
 def hash_anew(folder: Path, name: str) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["sha256"][name] = sha256(folder / name)
-    manifest.pop("spots", None)
+    manifest.pop("sums", None)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

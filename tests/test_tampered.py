@@ -1,14 +1,17 @@
 """A folder whose files are not those of its manifest is refused by whatever reads it, not only by verify."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import PLUGGED, find_format
-from finllm_prune.checkpoints.manifest import MANIFEST, spots_sha256
+from finllm_prune.checkpoints.manifest import MANIFEST, sums_sha256
 from finllm_prune.checkpoints.quantizer import WEIGHTS
 from finllm_prune.errors import InputError
 from finllm_prune.saved import evaluate_saved, inspect_saved
@@ -25,17 +28,61 @@ def test_a_tensor_that_was_negated_is_refused_by_from_pretrained(
 ) -> None:
     folder = tmp_path / "saved"
     find_format(format_name)(uneven() if "ragged" in format_name else sparse(), tokenizer, folder)
-    state, right = load_file(folder / WEIGHTS), spots_sha256(folder / WEIGHTS)
-    for name, tensor in state.items():
-        if name.endswith("bitmask") or not tensor.any():
+    state, right = load_file(folder / WEIGHTS), sums_sha256(folder / WEIGHTS)
+    for name, tensor in sorted(state.items(), key=lambda item: not item[0].endswith("bitmask")):
+        changed = tensor.flip(0) if name.endswith("bitmask") else tensor.neg()
+        if torch.equal(changed, tensor):
             continue
-        save_file(state | {name: tensor.neg()}, folder / WEIGHTS, metadata={"format": "pt"})
-        assert spots_sha256(folder / WEIGHTS) != right, name
+        save_file(state | {name: changed}, folder / WEIGHTS, metadata={"format": "pt"})
+        assert sums_sha256(folder / WEIGHTS) != right, name
     with pytest.raises(InputError, match=rf"{WEIGHTS} {REFUSED}") as error:
         AutoModelForSequenceClassification.from_pretrained(folder)
     assert "\n" not in str(error.value)
     (folder / MANIFEST).unlink()
     AutoModelForSequenceClassification.from_pretrained(folder)  # as it is: nobody tells what it was
+
+
+@pytest.mark.parametrize("recorded", ["sums", "sha256"])
+@pytest.mark.parametrize("format_name", ["packed", "packed-int8"])
+def test_a_bitmask_with_as_many_bits_elsewhere_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, format_name: str, recorded: str
+) -> None:
+    find_format(format_name)(sparse(), tokenizer, tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    name = next(name for name in state if name.endswith("bitmask"))
+    byte = next(place for place, bits in enumerate(state[name].tolist()) if bits not in (0, 255))
+    bits = int(state[name][byte])
+    state[name][byte] = bits >> 1 | (bits & 1) << 7
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    if recorded == "sha256":
+        del manifest["sums"]
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"{WEIGHTS} {REFUSED}"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    AutoModelForSequenceClassification.from_pretrained(tmp_path)  # nothing else tells: it would be another model
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two pieces and a bit, half of it zeros."""
+    numbers = torch.randn(300_001, generator=torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("sums") / "file"
+    path.write_bytes(torch.where(numbers > 0, numbers, 0.0).numpy().tobytes() + b"end")
+    return path
+
+
+@given(st.data())
+def test_any_byte_of_a_file_moves_its_sums(file: Path, data: st.DataObject) -> None:
+    whole, right = file.read_bytes(), sums_sha256(file)
+    place = data.draw(st.integers(0, len(whole) - 1))
+    changed = bytes([whole[place] ^ data.draw(st.integers(1, 255))])
+    for content in (whole[:place] + changed + whole[place + 1 :], whole[:place], whole + bytes(place % 9 + 1)):
+        file.write_bytes(content)
+        assert sums_sha256(file) != right
+    file.write_bytes(whole)
+    assert sums_sha256(file) == right
 
 
 def test_a_model_that_was_saved_anew_is_taken_as_it_is(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -19,7 +20,7 @@ FORMAT_VERSION = 1
 REPORT = "report.json"
 DELTA = "delta.safetensors"  # the one file of a delta, which alone has no model to be proved
 FOR_PEOPLE = ("", ".md", ".yaml", ".png", ".html")
-_SPOT = 1024  # bytes
+_COLUMNS, _LINES = 1021, 64  # prime, so that no two neighbours of a matrix fall into one column
 _JUNK = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
 
 
@@ -41,7 +42,7 @@ def write_manifest(
         "versions": {"finllm_prune": finllm_prune.__version__, "transformers": transformers.__version__},
         "zeros": zeros,
         "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
-        "spots": {path.name: spots_sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        "sums": {path.name: sums_sha256(path) for path in sorted(folder.glob("*.safetensors"))},
         "probe": {"input_ids": probe["input_ids"].tolist(), "logits": logits.tolist(), "tolerance": tolerance},
         **(more or {}),
     }
@@ -85,18 +86,22 @@ def refuse_changed(folder: Path) -> None:
         raise InputError(_not_proved(changed))
 
 
-def spot_check(path: Path) -> None:
-    """Raise InputError where a weight file is not the one of the manifest beside it, as far as a look at each tensor tells.
+def refuse_damaged(path: Path) -> None:
+    """Raise InputError where a weight file is not the one of the manifest beside it, told by its sums (``sums_sha256``).
 
-    For ``from_pretrained``, as to hash the whole file would take a good part of the time of a packed load. It finds a file of
-    another model, and a tensor that was exchanged, negated, scaled or cut; single bytes that changed within a large tensor are
-    for ``refuse_changed`` and ``verify`` to find.
+    For ``from_pretrained``, of whose time a hash of all bytes would take a good part; it is for folders without recorded sums.
+    A file that the manifest does not name is taken as it is: ``save_pretrained`` wrote it.
     """
-    if (path.parent / MANIFEST).is_file():
-        spots = manifest_alone(path.parent).get("spots")
-        expected = spots.get(path.name) if isinstance(spots, dict) else None
-        if expected is not None and spots_sha256(path) != expected:
-            raise InputError(_not_proved(path))
+    if not (path.parent / MANIFEST).is_file():
+        return
+    manifest = manifest_alone(path.parent)
+    sums, hashes = manifest.get("sums"), manifest["sha256"]
+    if isinstance(sums, dict) and path.name in sums:
+        same = sums_sha256(path) == sums[path.name]
+    else:
+        same = path.name not in hashes or sha256(path) == hashes[path.name]
+    if not same:
+        raise InputError(_not_proved(path))
 
 
 def manifest_alone(folder: Path) -> dict[str, Any]:
@@ -168,20 +173,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def spots_sha256(path: Path) -> str:
-    """The hash of a safetensors file's header and of 1 KB at the start, the middle and the end of each tensor, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        size = file.read(8)
-        header = file.read(int.from_bytes(size, "little"))
-        digest.update(size + header)
-        for name, entry in json.loads(header).items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            for place in (begin, (begin + end) // 2, max(begin, end - _SPOT)):
-                file.seek(len(size) + len(header) + place)
-                digest.update(file.read(min(_SPOT, end - place)))
+def sums_sha256(path: Path) -> str:
+    """The hash of a file's size and of sums over all of its bytes, in hex, in a tenth of the time that ``sha256`` takes.
+
+    Of each half megabyte the sums of every 1021st word, modulo 2 ** 64: any byte that changes moves one, and what is negated,
+    scaled or exchanged moves many. Not covered: changes that leave each sum as it is, such as the exchange of two words that
+    are added up; ``sha256`` tells these.
+    """
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    words = np.zeros((_LINES, _COLUMNS), np.uint64)
+    piece = words.data.cast("B")
+    with path.open("rb") as file:
+        while size := file.readinto(piece):
+            piece[size:] = bytes(len(piece) - size)
+            digest.update(words.sum(0).data)
     return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finllm_prune.checkpoints.manifest import spot_check
+from finllm_prune.checkpoints.manifest import refuse_damaged
 from finllm_prune.checkpoints.packing import Memory, Packed, unpack
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import Cut, Family, cut_in_place, find_architecture, find_family, keep, tell_heads
@@ -239,7 +239,7 @@ def _check_files(files: list[str], packed: int) -> None:
                 found += sum(name.endswith("weight_bitmask") for name in file.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is missing or damaged ({one_line(error)}); export or download it anew") from error
-        spot_check(Path(path))
+        refuse_damaged(Path(path))
     if files and found != packed:
         raise InputError(
             f"{files[0]} holds {found} packed matrices, but config.json tells of {packed}; export or download it anew"
