@@ -21,7 +21,7 @@ from finllm_prune.families import find_architecture
 from finllm_prune.pruning import NM, Constant, Pruner, Random, Rule, Structure, Unstructured
 from tests.conftest import FAMILIES, tiny_model
 from tests.test_families import logits, loud
-from tests.test_ragged import uneven
+from tests.test_ragged import uneven, with_zeros
 
 FORMATS = ["packed", "packed-int8"]
 
@@ -135,11 +135,7 @@ def test_a_packed_model_is_the_one_in_memory(
 def test_zeros_are_packed_in_ragged_widths_too(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, format_name: str
 ) -> None:
-    model = uneven(family)
-    Pruner(
-        find_architecture(family).groups(model, [Rule("encoder", 0.9, Unstructured(), Random())]), Constant()
-    ).finish()
-    returned = find_format(format_name)(model, tokenizer, tmp_path / "saved")
+    returned = find_format(format_name)(with_zeros(uneven(family)), tokenizer, tmp_path / "saved")
     reloaded = load(tmp_path / "saved")
     assert torch.equal(logits(reloaded), logits(returned))
     assert reloaded.config.quantization_config == returned.config.quantization_config
@@ -148,11 +144,20 @@ def test_zeros_are_packed_in_ragged_widths_too(
     assert config["packed"] > 0 < len(config["per_layer_config"])
 
 
-@pytest.mark.parametrize("structure", [NM(2, 4), NM(1, 4)])
-def test_n_of_m_zeros_are_packed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, structure: NM) -> None:
-    model = sparse(structure=structure, sparsity=1 - structure.n / structure.m)
+@pytest.mark.parametrize(
+    ("family", "structure"), [*((family, NM(2, 4)) for family in FAMILIES), ("bert", NM(1, 4)), ("qwen3", NM(4, 8))]
+)
+def test_n_of_m_zeros_are_packed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, structure: NM
+) -> None:
+    model = sparse(family, structure, 1 - structure.n / structure.m)
     find_format("packed")(model, tokenizer, tmp_path / "saved")
-    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+    reloaded = load(tmp_path / "saved")
+    assert torch.equal(logits(reloaded), logits(model))
+    linears, cut = (find_architecture(family).linears(each) for each in (reloaded, model))
+    assert all(torch.equal(linear.weight, cut[path].weight) for path, linear in linears.items())
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["quantization_config"]["packed"] == len(linears)
 
 
 def test_a_model_of_an_unknown_family_is_packed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

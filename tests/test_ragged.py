@@ -27,7 +27,7 @@ from finllm_prune.checkpoints import find_format, verify
 from finllm_prune.checkpoints.quantizer import LURE, WEIGHTS, PrunedConfig
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
-from finllm_prune.pruning import Constant, Global, Head, Neuron, Pruner, Random, Rule
+from finllm_prune.pruning import Constant, Global, Head, Neuron, Pruner, Random, Rule, Unstructured
 from tests.conftest import FAMILIES, tiny_model
 from tests.test_families import logits, loud
 
@@ -37,6 +37,13 @@ def uneven(model_type: str = "bert") -> PreTrainedModel:
     model = loud(tiny_model(model_type, layers=3))
     rules = [Rule("mlp", 0.75, Neuron(), Random(), Global()), Rule("attention", 0.5, Head(), Random(), Global())]
     Pruner(find_family(model_type).groups(model, rules), Constant()).finish()
+    return model
+
+
+def with_zeros(model: PreTrainedModel) -> PreTrainedModel:
+    """The same without nine of ten single weights."""
+    family = find_family(model.config.model_type)
+    Pruner(family.groups(model, [Rule("encoder", 0.9, Unstructured(), Random())]), Constant()).finish()
     return model
 
 
@@ -53,6 +60,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToke
     folder = tmp_path_factory.mktemp("exported") / "ragged"
     find_format("ragged")(uneven(), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=["ragged", "packed", "packed-int8"])
+def each(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Path, PreTrainedModel]:
+    """A folder of each format, whose blocks have several widths, and the model that lies in it."""
+    folder = tmp_path_factory.mktemp("each") / request.param
+    model = uneven() if request.param == "ragged" else with_zeros(uneven())
+    return folder, find_format(request.param)(model, tokenizer, folder)
 
 
 @pytest.fixture
@@ -96,51 +113,74 @@ def test_zeros_fill_it_up_where_plain_transformers_is_to_open_it(
     torch.testing.assert_close(logits(even), logits(model), atol=1e-5, rtol=0)
 
 
-def test_every_way_to_load_gives_the_same_model(exported: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = load(exported)
+def test_every_way_to_load_gives_the_same_model(
+    each: tuple[Path, PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder, model = each
     for device_map in ("cpu", "auto"):
-        assert torch.equal(logits(load(exported, device_map=device_map)), logits(model))
-    half = load(exported, dtype=torch.bfloat16)
+        assert torch.equal(logits(load(folder, device_map=device_map)), logits(model))
+    half = load(folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in half.named_parameters())
     torch.testing.assert_close(logits(half).float(), logits(model), atol=0.2, rtol=0)
-    assert widths(AutoModel.from_pretrained(exported)) == widths(model)
+    assert widths(AutoModel.from_pretrained(folder)) == widths(model)
     assert len(widths(model)) > 1
     text = "Profit rose by 12 percent."
     with torch.no_grad():
-        expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0]
-    found = pipeline("text-classification", model=str(exported), device="cpu")(text, top_k=None)
+        scored = model(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0]
+    found = pipeline("text-classification", model=str(folder), device="cpu")(text, top_k=None)
     assert {row["label"]: row["score"] for row in found} == pytest.approx(
-        {model.config.id2label[i]: float(score) for i, score in enumerate(expected)}, abs=1e-6
+        {model.config.id2label[i]: float(score) for i, score in enumerate(scored)}, abs=1e-6
     )
-    scores = CrossEncoder(str(exported), device="cpu").predict([(text, text)], apply_softmax=True)
+    scores = CrossEncoder(str(folder), device="cpu").predict([(text, text)], apply_softmax=True)
     with torch.no_grad():
         pair = model(**tokenizer(text, text, return_tensors="pt")).logits.softmax(1)
     torch.testing.assert_close(torch.tensor(scores), pair, atol=1e-5, rtol=0)
 
 
+def test_what_is_offloaded_to_disk_is_the_same_model(each: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
+    folder, model = each
+    where = {"bert": "disk", "classifier": "cpu"}
+    offloaded = load(folder, device_map=where, offload_folder=tmp_path)
+    assert offloaded.bert.encoder.layer[0].output.dense.weight.is_meta
+    assert torch.equal(logits(offloaded), logits(model))
+
+
+@pytest.mark.parametrize("format_name", ["ragged", "packed"])
 @pytest.mark.parametrize("family", ["modernbert", "qwen3", "deberta-v2"])
 def test_other_families_load_by_a_device_map_and_in_half_precision(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, format_name: str
 ) -> None:
-    returned = find_format("ragged")(uneven(family), tokenizer, tmp_path / "ragged")
-    assert torch.equal(logits(load(tmp_path / "ragged", device_map="auto")), logits(returned))
-    half, expected = load(tmp_path / "ragged", dtype=torch.bfloat16), dict(returned.named_parameters())
+    model = uneven(family) if format_name == "ragged" else with_zeros(uneven(family))
+    returned = find_format(format_name)(model, tokenizer, tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved", device_map="auto")), logits(returned))
+    half, expected = load(tmp_path / "saved", dtype=torch.bfloat16), dict(returned.named_parameters())
     assert half.dtype == torch.bfloat16
     assert all(torch.equal(each, expected[name].bfloat16()) for name, each in half.named_parameters())
     assert logits(half).isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft still asks for it
-def test_a_loaded_model_trains_resumes_and_takes_adapters(exported: Path, tmp_path: Path) -> None:
-    rows = [{"input_ids": [2, 7 + i, 9, 3], "attention_mask": [1] * 4, "labels": i % 3} for i in range(8)]
-    model = load(exported)
-    arguments = TrainingArguments(
-        tmp_path, max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-2
+def rows_to_train() -> list[dict[str, Any]]:
+    return [{"input_ids": [2, 7 + i, 9, 3], "attention_mask": [1] * 4, "labels": i % 3} for i in range(8)]
+
+
+def steps(folder: Path) -> TrainingArguments:
+    """Two of them."""
+    return TrainingArguments(
+        folder, max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-2
     )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft still asks for it
+def test_a_loaded_model_trains_resumes_and_takes_adapters(each: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
+    folder, before = each
+    rows, arguments = rows_to_train(), steps(tmp_path)
+    model = load(folder)
     Trainer(model, arguments, train_dataset=Dataset.from_list(rows)).train()
-    assert not torch.equal(logits(model), logits(load(exported)))
+    assert not torch.equal(logits(model), logits(before))
     assert torch.equal(logits(load(tmp_path / "checkpoint-2")), logits(model))
-    resumed = load(exported)
+    resumed = load(folder)
     trainer = Trainer(resumed, arguments, train_dataset=Dataset.from_list(rows))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert torch.equal(logits(resumed), logits(model))
@@ -158,6 +198,23 @@ def test_a_loaded_model_trains_resumes_and_takes_adapters(exported: Path, tmp_pa
     assert not torch.allclose(logits(merged), logits(model), atol=1e-3)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("family", "format_name"), [("deberta-v2", "ragged"), ("qwen3", "packed")])
+def test_other_families_train_and_take_adapters(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, format_name: str
+) -> None:
+    find_format(format_name)(with_zeros(uneven(family)), tokenizer, tmp_path / "saved")
+    model, data = load(tmp_path / "saved"), Dataset.from_list(rows_to_train())
+    Trainer(model, steps(tmp_path), train_dataset=data).train()
+    assert torch.equal(logits(load(tmp_path / "checkpoint-2")), logits(model))
+    names = ["query_proj", "dense"] if family == "deberta-v2" else ["q_proj", "down_proj"]
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=names, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(tmp_path / "checkpoint-2"), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(adapted))
+    assert not torch.allclose(logits(adapted), logits(model), atol=1e-3)
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
