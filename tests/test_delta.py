@@ -155,15 +155,24 @@ def test_any_difference_of_two_tensors_is_told_exactly(
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_has_its_delta(tmp_path: Path, model_type: str) -> None:
-    base = tiny_model(model_type)
-    model = copy.deepcopy(base)
-    Pruner(
-        find_family(model_type).groups(model, [Rule("encoder", 0.5, Unstructured(), Magnitude())]), Constant()
-    ).finish()
-    delta.write(base, model, tmp_path / "delta")
-    delta.apply(base, tmp_path / "delta")
+@pytest.mark.parametrize("tuned", [False, True], ids=["zeros", "values"])
+def test_every_family_has_its_delta(tmp_path: Path, model_type: str, tuned: bool) -> None:
+    base = tiny_model(model_type).eval()
+    model, before = copy.deepcopy(base), bits(base)
+    if tuned:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.view(-1)[::3] += 0.01
+    family, rule = find_family(model_type), Rule("encoder", 0.5, Unstructured(), Magnitude())
+    Pruner(family.groups(model, [rule]), Constant()).finish()
+    counts = delta.write(base, model, tmp_path / "delta")
+    assert (counts["zeros"], counts["equal"]) == (0, 0) if tuned else counts["zeros"] == len(family.linears(model))
+    assert verify(tmp_path / "delta")["format"] == "delta"
+    applied = delta.apply(base, tmp_path / "delta")
     assert bits(base) == bits(model)
+    assert torch.equal(logits(base), logits(model))
+    applied.remove()
+    assert bits(base) == before
 
 
 def moved(model: PreTrainedModel) -> None:
