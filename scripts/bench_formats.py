@@ -27,13 +27,14 @@ from finllm_prune.pruning import Constant, Magnitude, Pruner, Rule
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="a folder or Hub id instead")
     parser.add_argument("--formats", nargs="+", default=["masked", "ragged", "packed", "packed-int8"])
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    location, _ = locate("sentence-transformers/all-MiniLM-L6-v2")
+    location, _ = locate(args.model)
     model = AutoModelForSequenceClassification.from_pretrained(location)
     family = find_family(model.config.model_type)
     names = {f"{path}.weight" for path in family.linears(model)}

@@ -10,7 +10,7 @@ and quartiles of the milliseconds per call, texts per second, and how many times
 of the ratios within a round). "compact" is the pruned model without its dead blocks, heads and neurons.
 
 --compile, --openvino and --torch-pruning add dense torch.compile (40 s of compiling for each shape or so), OpenVINO on both
-fp32 graphs, and Torch-Pruning's model of the same size (pip install 'finllm-prune[bench]').
+fp32 graphs, and Torch-Pruning's model of the same size (the latter two: pip install 'finllm-prune[bench]').
 """
 
 import argparse
