@@ -108,6 +108,32 @@ def test_a_killed_export_leaves_what_was_there_and_the_next_one_cleans_up(
     assert [path.name for path in out.iterdir()] == ["compact"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "name"), [("checkpoints.proof.zero_counts", "packed"), ("checkpoints.delta.apply", "delta")]
+)
+def test_a_killed_packed_export_or_delta_leaves_what_was_there(
+    source: Path, tmp_path: Path, place: str, name: str
+) -> None:
+    out, base = tmp_path / "new", tmp_path / "base"
+    tiny_model(seed=1).save_pretrained(base)
+    if name == "delta":
+        export_delta(str(base), source, out)
+        arguments = ["delta", base, source, out, "--overwrite"]
+    else:
+        export(source, out, ["packed"])
+        arguments = ["export", source, out, "--to", "packed", "--overwrite"]
+    before = contents(out)
+    killed_at(place, *arguments)
+    assert contents(out) == before
+    assert (tmp_path / "new.partial").is_dir(), "it was in the middle"
+    if name == "delta":
+        export_delta(str(base), source, out, overwrite=True)
+    else:
+        export(source, out, ["packed"], overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "base", "new"}
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new"
     export(source, out, ["masked"])
