@@ -131,14 +131,17 @@ def _load(location: str | Path, *, whole: bool = True) -> PreTrainedModel:
 def texts_for(source: Path) -> tuple[Task, datasets.Dataset, str]:
     """Real texts for a model: its task, some test rows of it, and where they come from, in words.
 
-    Those of the recipe beside the model; where its data is gone, the ones embedded for its task, and without a recipe of this
-    version the embedded sentences.
+    Those of the recipe beside the model; where its data is not on this machine, the ones embedded for its task, and without a
+    recipe of this version the embedded sentences. Nothing is downloaded.
     """
     task: Task = find_task("sentiment")()
     try:
-        task = Recipe.load(source / "recipe.yaml").task
+        recipe = Recipe.load(source / "recipe.yaml")
+        task, data = recipe.task, recipe.resolved["task"].get("dataset", "builtin")
         # Texts without labels are for training alone, and may be gone.
         task = replace(task, unlabelled=None) if isinstance(task, Classification) else task
+        if data != "builtin" and not Path(data).exists():
+            raise InputError(f"task.dataset: {data} is not here")
         examples = task.load()
     except InputError:
         task = type(task)()

@@ -4,7 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import torch
@@ -50,6 +50,15 @@ STATE_FILE = "pruner.safetensors"
 _KEPT = (TEACHER_LOGITS, TEACHER_ROW, COSINES)  # columns that no model takes
 
 
+@runtime_checkable
+class Smooth(Protocol):
+    """A task's loss of rows with one class each."""
+
+    def smoothed(self, part: float) -> TaskLoss:
+        """The same with a part of each label shared by all classes."""
+        ...
+
+
 def smoothed(loss: TaskLoss | None, part: float, key: str = "training") -> TaskLoss | None:
     """The task's loss with ``label_smoothing_factor``; of a model's own loss the Trainer takes care.
 
@@ -58,13 +67,13 @@ def smoothed(loss: TaskLoss | None, part: float, key: str = "training") -> TaskL
     """
     if loss is None or part == 0:
         return loss
-    if not hasattr(loss, "smoothed"):
+    asked: object = loss
+    if not isinstance(asked, Smooth):
         raise InputError(
             f"{key}.label_smoothing_factor: it goes with one class a row, not with the loss of this task (of scores, label "
             "sets, rankings or completions); set 0"
         )
-    found: TaskLoss = loss.smoothed(part)
-    return found
+    return asked.smoothed(part)
 
 
 class PruningTrainer(Trainer):
