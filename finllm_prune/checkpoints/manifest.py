@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 REPORT = "report.json"
 DELTA = "delta.safetensors"  # the one file of a delta, which alone has no model to be proved
 FOR_PEOPLE = ("", ".md", ".yaml", ".png", ".html")
-_COLUMNS, _LINES = 1021, 64  # prime, so that no two neighbours of a matrix fall into one column
+_COLUMNS, _LINES = 509, 64  # prime, so that no two neighbours of a matrix fall into one column
 _JUNK = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
 
 
@@ -176,17 +176,16 @@ def sha256(path: Path) -> str:
 def sums_sha256(path: Path) -> str:
     """The hash of a file's size and of sums over all of its bytes, in hex, in a tenth of the time that ``sha256`` takes.
 
-    Of each half megabyte the sums of every 1021st word, modulo 2 ** 64: any byte that changes moves one, and what is negated,
-    scaled or exchanged moves many. Not covered: changes that leave each sum as it is, such as the exchange of two words that
-    are added up; ``sha256`` tells these.
+    Of each quarter of a megabyte the sums of every 509th word, modulo 2 ** 64: any byte that changes moves one, and what is
+    negated, scaled or exchanged moves many. What is left over at the end is hashed. Not covered: changes that leave each sum as
+    it is, such as the exchange of two words that are added up; ``sha256`` tells these.
     """
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    words = np.zeros((_LINES, _COLUMNS), np.uint64)
-    piece = words.data.cast("B")
-    with path.open("rb") as file:
-        while size := file.readinto(piece):
-            piece[size:] = bytes(len(piece) - size)
-            digest.update(words.sum(0).data)
+    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    summed = len(data) - len(data) % (8 * _LINES * _COLUMNS)
+    digest = hashlib.sha256(f"{len(data)} ".encode())
+    digest.update(data[summed:].data)
+    for words in data[:summed].view(np.uint64).reshape(-1, _LINES, _COLUMNS):
+        digest.update(words.sum(0).data)
     return digest.hexdigest()
 
 

@@ -99,12 +99,9 @@ def unpack(
     """
     places = _places(packed.bitmask) if packed.bitmask.dtype == torch.uint8 else np.zeros(0, np.int64)
     _check(packed, len(places), shape, name)
-    values = packed.values
-    if packed.scale is not None:
-        ends = torch.from_numpy(np.searchsorted(places, np.arange(shape[0] + 1) * math.prod(shape[1:])))
-        values = values.to(torch.promote_types(dtype, torch.float32)) * packed.scale.repeat_interleave(ends.diff())
     flat = (memory or Memory()).zeros(math.prod(shape), dtype)
-    return flat.index_copy_(0, torch.from_numpy(places), values.to(dtype)).view(shape)
+    matrix = flat.index_copy_(0, torch.from_numpy(places), packed.values.to(dtype)).view(shape)
+    return matrix if packed.scale is None else matrix.mul_(packed.scale[:, None])  # the product is rounded once
 
 
 def _places(bitmask: Tensor) -> NDArray[np.int64]:
