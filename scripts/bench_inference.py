@@ -46,6 +46,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dense, pruned, tokenizer = models(args)
         contestants = dict(gather(args, dense, pruned, tokenizer, Path(folder)))
+        if unknown := set(args.only or ()) - set(contestants):
+            raise SystemExit(f"--only: no row is called {', '.join(sorted(unknown))}; there are {', '.join(contestants)}")
+        contestants = {name: each for name, each in contestants.items() if name in (BASELINE, *(args.only or contestants))}
         for threads in args.threads:
             torch.set_num_threads(threads)
             torch.compiler.reset()
@@ -153,6 +156,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="add dense torch.compile, which takes 40 s and more")
     parser.add_argument("--openvino", action="store_true", help="add OpenVINO on the fp32 graphs")
     parser.add_argument("--torch-pruning", action="store_true", help="add Torch-Pruning's model of the same size")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows, and dense eager, where memory is short")
     args = parser.parse_args()
     if (args.dense is None) != (args.pruned is None):
         parser.error("name both --dense and --pruned, or neither")
