@@ -47,8 +47,12 @@ def main() -> None:
         dense, pruned, tokenizer = models(args)
         contestants = dict(gather(args, dense, pruned, tokenizer, Path(folder)))
         if unknown := set(args.only or ()) - set(contestants):
-            raise SystemExit(f"--only: no row is called {', '.join(sorted(unknown))}; there are {', '.join(contestants)}")
-        contestants = {name: each for name, each in contestants.items() if name in (BASELINE, *(args.only or contestants))}
+            raise SystemExit(
+                f"--only: no row is called {', '.join(sorted(unknown))}; there are {', '.join(contestants)}"
+            )
+        contestants = {
+            name: each for name, each in contestants.items() if name in (BASELINE, *(args.only or contestants))
+        }
         for threads in args.threads:
             torch.set_num_threads(threads)
             torch.compiler.reset()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -66,23 +67,43 @@ def test_a_bitmask_with_as_many_bits_elsewhere_is_refused(
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of several pieces and a bit, half of it zeros."""
-    numbers = torch.randn(300_001, generator=torch.Generator().manual_seed(0))
+    """Of several pieces and a bit, half of it zeros; no tensor is more than half of it."""
+    numbers = torch.randn(3, 100_001, generator=torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("sums") / "file"
-    path.write_bytes(torch.where(numbers > 0, numbers, 0.0).numpy().tobytes() + b"end")
+    save_file({str(i): row for i, row in enumerate(torch.where(numbers > 0, numbers, 0.0))}, path)
     return path
 
 
 @given(st.data())
 def test_any_byte_of_a_file_moves_its_sums(file: Path, data: st.DataObject) -> None:
     whole, right = file.read_bytes(), sums_sha256(file)
-    place = data.draw(st.integers(1, len(whole) - 1))
+    header = 8 + int.from_bytes(whole[:8], "little")
+    place = data.draw(st.integers(header, len(whole) - 1))
     changed = bytes([whole[place] ^ data.draw(st.integers(1, 255))])
     for content in (whole[:place] + changed + whole[place + 1 :], whole[:place], whole + bytes(place % 9 + 1)):
         file.write_bytes(content)
         assert sums_sha256(file) != right
     file.write_bytes(whole)
     assert sums_sha256(file) == right
+
+
+def test_of_a_tensor_of_most_of_the_file_spots_are_hashed_and_the_rest_is_added_up(tmp_path: Path) -> None:
+    numbers = torch.randn(400_001, generator=torch.Generator().manual_seed(0))
+    parts = {name: numbers[:size].clone() for name, size in (("a", 70_000), ("embeddings", 300_000), ("z", 5_001))}
+    save_file(parts, path := tmp_path / "file")
+    right, size = sums_sha256(path), path.stat().st_size
+    with safe_open(path, "pt") as file:
+        assert list(file.keys()) == ["a", "embeddings", "z"]
+    ends = size - 4 * 305_001, size - 4 * 5_001
+    told = {}
+    for place in (ends[0] - 9, ends[0], ends[0] + 5_000, ends[1] - 1, ends[1], size - 1):
+        changed = bytearray(path.read_bytes())
+        changed[place] ^= 1
+        (tmp_path / "other").write_bytes(changed)
+        told[place] = sums_sha256(tmp_path / "other") != right
+    assert list(told.values()) == [True, True, False, True, True, True]
+    save_file(parts | {"embeddings": -parts["embeddings"]}, tmp_path / "other")
+    assert sums_sha256(tmp_path / "other") != right
 
 
 def test_a_model_that_was_saved_anew_is_taken_as_it_is(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 
 import finllm_prune
@@ -21,6 +22,7 @@ REPORT = "report.json"
 DELTA = "delta.safetensors"  # the one file of a delta, which alone has no model to be proved
 FOR_PEOPLE = ("", ".md", ".yaml", ".png", ".html")
 _COLUMNS, _LINES = 509, 64  # prime, so that no two neighbours of a matrix fall into one column
+_SPOTS, _SPOT = 64, 4096  # bytes
 _JUNK = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
 
 
@@ -174,19 +176,35 @@ def sha256(path: Path) -> str:
 
 
 def sums_sha256(path: Path) -> str:
-    """The hash of a file's size and of sums over all of its bytes, in hex, in a tenth of the time that ``sha256`` takes.
+    """The hash of a safetensors file's size and of sums over its bytes, in hex, in a small part of the time of ``sha256``.
 
     Of each quarter of a megabyte the sums of every 509th word, modulo 2 ** 64: any byte that changes moves one, and what is
-    negated, scaled or exchanged moves many. What is left over at the end is hashed. Not covered: changes that leave each sum as
-    it is, such as the exchange of two words that are added up; ``sha256`` tells these.
+    negated, scaled or exchanged moves many. Only of a tensor that is more than half of the file, as embeddings are beside
+    packed matrices, 64 spots of 4 KB are hashed instead. Not covered: the bytes between those, and changes that leave each sum
+    as it is, such as the exchange of two words that are added up; ``sha256`` tells these.
     """
     data = np.asarray(np.memmap(path, np.uint8, "r"))
-    summed = len(data) - len(data) % (8 * _LINES * _COLUMNS)
+    begin, end = _half(data)
     digest = hashlib.sha256(f"{len(data)} ".encode())
-    digest.update(data[summed:].data)
-    for words in data[:summed].view(np.uint64).reshape(-1, _LINES, _COLUMNS):
-        digest.update(words.sum(0).data)
+    for part in (data[:begin], data[end:]):
+        summed = len(part) - len(part) % (8 * _LINES * _COLUMNS)
+        digest.update(part[summed:].data)
+        for words in part[:summed].view(np.uint64).reshape(-1, _LINES, _COLUMNS):
+            digest.update(words.sum(0).data)
+    for place in np.linspace(begin, max(begin, end - _SPOT), _SPOTS, dtype=np.int64):
+        digest.update(data[place : min(place + _SPOT, end)].data)
     return digest.hexdigest()
+
+
+def _half(data: NDArray[np.uint8]) -> tuple[int, int]:
+    """Where the tensor that takes more than half of the file begins and ends; its end twice, if none does."""
+    header = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    for name, entry in json.loads(data[8:header].tobytes()).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            if end - begin > max(len(data) // 2, _SPOTS * _SPOT):
+                return header + begin, header + end
+    return len(data), len(data)
 
 
 def tensors_sha256(state: Iterable[tuple[str, Tensor]]) -> str:
