@@ -49,6 +49,14 @@ def test_a_folder_with_code_loads_as_ragged_too(
         verify(tmp_path / "saved")
 
 
+def test_python_s_cache_of_the_code_does_not_lie_in_the_folder(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    find_format("ragged-remote")(uneven(), tokenizer, tmp_path / "saved")
+    assert all(path.is_file() for path in (tmp_path / "saved").iterdir())
+
+
 def without_us(folder: Path, *lines: str) -> subprocess.CompletedProcess[str]:
     """In a process that has no finllm_prune."""
     return subprocess.run(

@@ -7,9 +7,9 @@ says what to do, never a model with random weights. Not covered: ``AutoModel`` w
 that forbid code from the Hub, as many do.
 """
 
-import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,10 +87,7 @@ def _narrowed(smaller: PreTrainedModel, family: Family) -> dict[str, Any]:
 
 
 def _remote(folder: Path, name: str) -> Any:
-    """The class in the folder, without transformers' cache of such code."""
-    spec = importlib.util.spec_from_file_location("finllm_prune_written", folder / CODE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The class in the folder, without transformers' cache of such code, and without Python's, which would lie in the folder."""
+    module = ModuleType("finllm_prune_written")
+    exec(compile((folder / CODE).read_text(encoding="utf-8"), str(folder / CODE), "exec"), module.__dict__)
     return getattr(module, name)
