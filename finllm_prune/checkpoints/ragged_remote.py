@@ -87,7 +87,7 @@ def _narrowed(smaller: PreTrainedModel, family: Family) -> dict[str, Any]:
 
 
 def _remote(folder: Path, name: str) -> Any:
-    """The class in the folder, without transformers' cache of such code, and without Python's, which would lie in the folder."""
+    """The class in the folder, without transformers' cache of such code, or Python's, which would lie in the folder."""
     module = ModuleType("finllm_prune_written")
     exec(compile((folder / CODE).read_text(encoding="utf-8"), str(folder / CODE), "exec"), module.__dict__)
     return getattr(module, name)
