@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -27,7 +27,7 @@ from finllm_prune.loading import load_tokenizer, refuse_no_padding, without_load
 from finllm_prune.recipe import Recipe
 from finllm_prune.staging import recover, staged
 from finllm_prune.tasks import Task, find_task
-from finllm_prune.tasks.classification import Classification
+from finllm_prune.tasks.classification import to_serve
 
 _WEIGHTS = (".safetensors", ".onnx", ".data")
 _CARD = ("README.md", "recipe.yaml")
@@ -138,8 +138,7 @@ def texts_for(source: Path) -> tuple[Task, datasets.Dataset, str]:
     try:
         recipe = Recipe.load(source / "recipe.yaml")
         task, data = recipe.task, recipe.resolved["task"].get("dataset", "builtin")
-        # Texts without labels are for training alone, and may be gone.
-        task = replace(task, unlabelled=None) if isinstance(task, Classification) else task
+        task = to_serve(task)
         if data != "builtin" and not Path(data).exists():
             raise InputError(f"task.dataset: {data} is not here")
         examples = task.load()

@@ -20,7 +20,7 @@ from finllm_prune.inference import logits_of
 from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, find_task
-from finllm_prune.tasks.classification import Classification
+from finllm_prune.tasks.classification import Classification, to_serve
 
 Rows = list[tuple[str, ...]]
 _MODEL_FILES = (".safetensors", ".onnx", ".json", ".txt", ".model")
@@ -150,9 +150,7 @@ def _task(recipe: Recipe | None, name: str | None, **changes: Any) -> Task:
     """The recipe's task where there is a recipe and it is of this task, with what is given changed."""
     given = {key: value for key, value in changes.items() if value is not None}
     if recipe is not None and (name is None or isinstance(recipe.task, find_task(name))):
-        task = replace(recipe.task, **given)  # type: ignore[type-var]
-        # Texts without labels are for training alone, and may be gone.
-        return replace(task, unlabelled=None) if isinstance(task, Classification) else task
+        return to_serve(replace(recipe.task, **given))  # type: ignore[type-var]
     return find_task(name or "sentiment")(**given)
 
 

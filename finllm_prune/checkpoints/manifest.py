@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 REPORT = "report.json"
 DELTA = "delta.safetensors"  # the one file of a delta, which alone has no model to be proved
 FOR_PEOPLE = ("", ".md", ".yaml", ".png", ".html")
-_COLUMNS, _LINES = 509, 64  # prime, so that no two neighbours of a matrix fall into one column
+_COLUMNS, _LINES = 509, 64  # words in a row, a prime so that neighbours of a matrix fall into different columns; rows
 _SPOTS, _SPOT = 64, 4096  # bytes
 _JUNK = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
 
@@ -91,7 +91,7 @@ def refuse_changed(folder: Path) -> None:
 def refuse_damaged(path: Path) -> None:
     """Raise InputError where a weight file is not the one of the manifest beside it, told by its sums (``sums_sha256``).
 
-    For ``from_pretrained``, of whose time a hash of all bytes would take a good part; it is for folders without recorded sums.
+    For ``from_pretrained``, of whose time a hash of all bytes would take a good part; folders that record no sums are hashed.
     A file that the manifest does not name is taken as it is: ``save_pretrained`` wrote it.
     """
     if not (path.parent / MANIFEST).is_file():

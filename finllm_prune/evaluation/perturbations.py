@@ -5,15 +5,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 
-from finllm_prune.errors import InputError
 from finllm_prune.settings import named
 from finllm_prune.tasks import KEPT
-from finllm_prune.tasks.masking import Masker
+from finllm_prune.tasks.masking import LEGAL_FORMS, Masker, listed_names
 
 _MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*"
 _NUMBER = re.compile(
@@ -28,8 +26,7 @@ _AUXILIARY = re.compile(
     r"\b(is|are|was|were|has|have|had|will|would|can|could|should|may|might|must|does|do|did)\b(?!\s+(?:not|no|never)\b|n't)"
 )
 _COMPANY = re.compile(
-    r"(?:[A-Z][\w&'-]*\s+){1,4}(?:Inc|Corp|Corporation|Company|Co|Ltd|Limited|plc|PLC|LLC|LP|AG|SE|SA|ASA|AB|Oyj|Oy|NV|SpA|GmbH|Group|"
-    r"Holdings|Bank|Bancorp|Partners|Trust|Industries)\b"
+    rf"(?:[A-Z][\w&'-]*\s+){{1,4}}(?:{LEGAL_FORMS}|Group|Holdings|Bank|Bancorp|Partners|Trust|Industries)\b"
 )
 _NO_NAME = re.compile(
     r"^(?:(?:The|A|An|In|At|Of|For|And|But|As|On|By|With|From|Its|Our|Shares|Was|Is|Are|Were|Did|Does|Has|Will|Can|Should|How|Why|What|"
@@ -137,12 +134,7 @@ class Companies:
         if self.column is not None:
             names |= {str(name).strip() for name in rows[f"{KEPT}{self.column}"] if name}
         if self.names is not None:
-            try:
-                names |= {line.strip() for line in Path(self.names).read_text(encoding="utf-8").splitlines()}
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(
-                    f"companies.names: {self.names} is no readable UTF-8 file with a name a line"
-                ) from error
+            names |= set(listed_names(self.names, "companies.names"))
         return sorted(name for name in names if " " in name or len(name) > 1)
 
 

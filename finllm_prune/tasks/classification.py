@@ -4,7 +4,7 @@ That is one of some labels, several of them (``label_sets``), or a number (``sco
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,7 +32,7 @@ from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, divided, filled, leakage, not_in, without_copies
-from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, check_columns, read_splits, split_files
+from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, Task, check_columns, read_splits, split_files
 from finllm_prune.tasks.texts import read_texts
 
 Tables = dict[str, datasets.Dataset]
@@ -320,6 +320,11 @@ class Classification:
             whole["validation"], train = parts["test"], parts["train"]
         whole["train"] = train
         return {name: whole[name] for name in SPLITS}
+
+
+def to_serve(task: Task) -> Task:
+    """The task without the texts without labels, which are for training alone and may be gone where a model is used."""
+    return replace(task, unlabelled=None) if isinstance(task, Classification) else task
 
 
 def _summary(numbers: list[float]) -> dict[str, float]:

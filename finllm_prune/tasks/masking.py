@@ -13,11 +13,11 @@ from finllm_prune.tasks.batchwise import Batch, rewritten
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_LEGAL_FORM = re.compile(
-    r"(?:,?\s+(?:Inc|Incorporated|Corp|Corporation|Co|Company|Ltd|Limited|plc|LLC|LLP|LP|AG|SE|SA|S\.A|ASA|AB|A/S|Oyj|Oy|N\.?V|B\.?V|SpA|S\.p\.A|"
-    r"GmbH|KGaA|KK|Pty)\.?)+$",
-    re.IGNORECASE,
+LEGAL_FORMS = (
+    r"Inc|Incorporated|Corp|Corporation|Co|Company|Ltd|Limited|plc|PLC|LLC|LLP|LP|AG|SE|SA|S\.A|ASA|AB|A/S|Oyj|Oy|N\.?V|B\.?V|SpA|S\.p\.A|GmbH|"
+    r"KGaA|KK|Pty"
 )
+_LEGAL_FORM = re.compile(rf"(?:,?\s+(?:{LEGAL_FORMS})\.?)+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,7 @@ class Mask:
 
     def listed(self) -> list[str]:
         """The names of the file."""
-        if self.names is None:
-            return []
-        try:
-            names = [line.strip() for line in Path(self.names).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"task.mask.names: {self.names} is no readable UTF-8 file with a name a line") from error
-        if not names:
-            raise InputError(f"task.mask.names: {self.names} holds no name; write one a line")
-        return names
+        return [] if self.names is None else listed_names(self.names, "task.mask.names")
 
 
 class Masker:
@@ -93,6 +85,17 @@ class Masker:
                 parts += [text[end : token.start()], self.word if other is None else other(found)]
                 end = token.start() + len(found)
         return "".join([*parts, text[end:]])
+
+
+def listed_names(path: str, key: str) -> list[str]:
+    """The lines of a file that a recipe names under ``key``; raises InputError where it cannot be read or holds no name."""
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}: {path} is no readable UTF-8 file with a name a line") from error
+    if not names:
+        raise InputError(f"{key}: {path} holds no name; write one a line")
+    return names
 
 
 def normalise_numbers(text: str) -> str:
