@@ -118,13 +118,12 @@ class Companies:
         for place, text in enumerate(rows["text"]):
             places[text].append(place)
         for text, same in places.items():
-            chance = random.Random(f"{seed} {text}")
-            pairs = [changed["pair"][place] for place in same] if "pair" in changed else []
-            new, *news = _renamed([text, *pairs], masker, names, chance)
-            for number, place in enumerate(same):
-                changed["text"][place] = new
-                if news:
-                    changed["pair"][place] = news[number]
+            cells = [(column, place) for column in changed.values() for place in same]
+            old = [column[place] for column, place in cells]
+            for (column, place), new in zip(
+                cells, _renamed(old, masker, names, random.Random(f"{seed} {text}")), strict=True
+            ):
+                column[place] = new
         return changed
 
     def _known(self, rows: datasets.Dataset) -> list[str]:
