@@ -25,6 +25,7 @@ from transformers import (
 from finllm_prune.checkpoints.packed import pack_all
 from finllm_prune.evaluation import Target, cpu_threads, flops, measured_table, parameter_bytes
 from finllm_prune.families import Architecture, Family, find_architecture, narrow
+from finllm_prune.inference import logits_of
 from finllm_prune.loading import load_model
 from finllm_prune.prepare import Prepared, engine_of, read, training_arguments
 from finllm_prune.pruning import Group, Pruner, equal_widths
@@ -45,8 +46,8 @@ class Plan:
             leaves out single weights too.
         bytes: of the weights, ``dense`` and in each format to be exported; a graph takes some more.
         latency: of a forward pass on this machine's CPU, from its table; None where no whole heads or neurons are cut.
-        seconds: ``dense``, ``teacher`` (where its answers are kept), ``pruning`` and ``recovery``, from a few real steps;
-            without evaluation and export.
+        seconds: ``dense``, ``teacher`` (where its answers are kept, or label texts), ``pruning`` and ``recovery``, from a few
+            real steps; without evaluation and export.
         peak_bytes: of weights, gradients, optimizer, scores, teacher and activations, at once. Python, its libraries and the
             making of ONNX graphs come on top, in host memory.
         kept_bytes: of the teacher's hidden states on disk, until the run is complete; 0 where none are kept.
@@ -234,7 +235,10 @@ def _training(
 def _teacher(
     ready: Prepared, student: PreTrainedModel, depth: int, folder: Path, seconds: dict[str, float]
 ) -> tuple[Teacher | None, datasets.Dataset]:
-    """Whom the student imitates; and the training rows, few and with its answers where these are kept, in ``seconds``."""
+    """Whom the student imitates; and the training rows, few and with its answers where these are kept.
+
+    What it answers before the training, to be kept or to label texts, goes into ``seconds``.
+    """
     recipe, args, every = ready.recipe, ready.arguments, ready.taught
     if recipe.distillation is None:
         return None, every
@@ -242,15 +246,19 @@ def _teacher(
     if ready.teacher is not None:
         model = load_model(recipe.task, ready.teacher, ready.examples.labels)
     teacher = Teacher.of(model, recipe.distillation, student, recipe.model.keep_layers, depth)
-    if not recipe.distillation.cache:
+    cache, collator = recipe.distillation.cache, recipe.task.collator(ready.tokenizer)
+    answers = len(every) * cache + len(ready.unlabelled or ())
+    if answers == 0:
         return teacher, every
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = every.select(range(min(len(every), _STEPS * batch)))
     teacher.to(args.device)
     began = time.perf_counter()
-    rows = teacher.keep_answers(rows, recipe.task.collator(ready.tokenizer), folder)
-    seconds["teacher"] = (time.perf_counter() - began) * len(every) / len(rows)
-    return teacher, rows
+    taught = teacher.keep_answers(rows, collator, folder) if cache else every
+    if not cache:
+        logits_of(model, rows, collator)
+    seconds["teacher"] = (time.perf_counter() - began) * answers / len(rows)
+    return teacher, taught
 
 
 def _few_steps(

@@ -119,8 +119,10 @@ def test_a_run_learns_from_them_and_who_evaluates_it_needs_them_no_more(
     assert again["accuracy"]["value"] == found["accuracy"]["pruned"]
 
 
-def test_a_plan_counts_them(recipe: Any) -> None:
-    assert plan(recipe()).seconds["pruning"] > 0
+def test_a_plan_counts_them_and_the_answers_that_label_them(recipe: Any) -> None:
+    seconds = plan(recipe()).seconds
+    assert min(seconds["pruning"], seconds["teacher"]) > 0
+    assert "teacher" not in plan(recipe(task={"unlabelled": None})).seconds
 
 
 @pytest.mark.parametrize(
