@@ -85,6 +85,10 @@ def test_a_card_tells_what_was_measured_what_is_open_and_what_licenses_forbid(fi
     assert "| sector: oil&#124;gas | 5 | " in card
     assert "of a random sample of 5 rows of the test split" in card
     assert "| one negation more | 5 of 5 | " in card
+    assert (
+        "The dense model was trained for 12 steps; the pruned one began as its copy and was trained for 6 steps more."
+        in card
+    )
     assert "| agreement ≥ 0 | " in card
     assert "| macro_f1 ≥ 0.999 | " in card
     assert f"Measured on {machine['processor']}, {machine['cores']} cores, {machine['threads']} thread" in card
@@ -161,6 +165,15 @@ def test_a_card_says_that_the_target_was_missed(finished: Path, tmp_path: Path) 
     given = figures_of(finished) | {"collapsed": False, "exported": {}}
     card = write_card(given | missed, tmp_path, [])[0].read_text()
     assert "**MISSED the target: flops 0.5 of the dense model's was asked.**" in card
+
+
+def test_a_card_says_how_long_either_model_was_trained(finished: Path, tmp_path: Path) -> None:
+    given = figures_of(finished)
+    given["recipe"] |= {"dense": {"checkpoint": "elsewhere", "training": {}}, "recovery": {"num_train_epochs": 1}}
+    given["recipe"]["training"] = {"num_train_epochs": 2.5}
+    card = write_card(given, tmp_path, [])[0].read_text()
+    assert "The dense model was taken as it is; the pruned one began as its copy and was trained for" in card
+    assert "for 2.5 epochs more and 1 epoch of recovery." in card
 
 
 @pytest.mark.parametrize(

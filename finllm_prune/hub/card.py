@@ -140,6 +140,7 @@ def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: di
         oneshot=recipe["pruning"]["oneshot"],
         distillation=recipe["distillation"],
         recovery=recipe["recovery"],
+        trained=_trained(recipe),
         recorded=recipe["recording"] is not None,
         template=figures["data"].get("template"),  # as JSON in a line of code, which makes it inert and keeps it as it is
         chats=chats,
@@ -150,6 +151,23 @@ def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: di
         shown=next((name for name in reversed(exported) if name not in (*LOSSY, *SERVED)), "dense"),
     )  # fmt: skip
     return str(card)
+
+
+def _trained(recipe: dict[str, Any]) -> str:
+    """How long either model was trained, in words: the pruned one begins where the dense one ends."""
+    training, dense, recovery = recipe["training"], recipe["dense"], recipe["recovery"] or {}
+    first = "was taken as it is" if dense["checkpoint"] else f"was trained for {_length(training | dense['training'])}"
+    own = recovery.keys() & {"num_train_epochs", "max_steps"}
+    more = f"{_length(training)} more" + (f" and {_length(recovery)} of recovery" if own else "")
+    return (
+        f"The dense model {first}; the pruned one began as its copy and was trained for {more}. What longer training "
+        "gives is a part of the difference."
+    )
+
+
+def _length(training: dict[str, Any]) -> str:
+    steps, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 3)
+    return f"{steps} step{'s' if steps != 1 else ''}" if steps > 0 else f"{epochs:g} epoch{'s' if epochs != 1 else ''}"
 
 
 def inert(value: Any) -> Any:
