@@ -13,7 +13,7 @@ from finllm_prune.recipe import Recipe
 from finllm_prune.suite.suite import Suite
 
 HOME = Path(__file__).parents[1]
-TEXTS = [HOME / "README.md", HOME / "CONTRIBUTING.md", *sorted((HOME / "recipes").glob("*/README.md"))]
+TEXTS = [HOME / "README.md", HOME / "CONTRIBUTING.md", *sorted((HOME / "recipes").rglob("README.md"))]
 
 
 def commands(text: Path) -> list[list[str]]:

@@ -84,9 +84,10 @@ def delta(
     finllm-prune delta outputs/quickstart/dense outputs/quickstart deltas/quickstart
 
     Many tasks share one base in memory: finllm_prune.checkpoints.delta.apply turns it into one, remove turns it back. After
-    score_movement, which keeps the base's values, a matrix takes a 32nd; after ordinary fine-tuning the values lie there too.
+    score_movement, which keeps the base's values, a delta takes a 32nd of each matrix; after ordinary fine-tuning it holds the
+    changed values too, and is much larger.
 
-    Exit codes: as of export.
+    Exit codes: 0 done, 2 bad input or a full disk (OUT is as it was), 4 a proof failed (OUT is as it was).
     """
     from finllm_prune.export import export_delta
 
@@ -124,6 +125,8 @@ def trim(
     \b
     finllm-prune trim outputs/quickstart/compact small --texts builtin --held-out builtin
     finllm-prune trim outputs/quickstart/compact small --texts filings.txt --min-count 2
+
+    Exit codes: 0 done, 2 bad input or a full disk (OUT is as it was), 4 a proof failed (OUT is as it was).
     """
     from finllm_prune.trim import trim_saved
 

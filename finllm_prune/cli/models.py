@@ -17,7 +17,10 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="With --suite: values of it to change.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="The task; by default the recipe's, or sentiment.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="sentiment, filings, reranking or instructions; by default the recipe's, or sentiment."),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="builtin, a folder of splits, or a Hub id; by default the recipe's, or builtin.")
     ] = None,
@@ -37,7 +40,9 @@ def evaluate(
     keep: Annotated[
         Path | None, typer.Option(help="With --suite: a folder for answers, to go on after a kill.")
     ] = None,
-    show_texts: Annotated[bool, typer.Option(help="With --suite: texts of the data in the files.")] = False,
+    show_texts: Annotated[
+        bool, typer.Option(help="With --suite: quote up to 25 lost or won texts a set in the files.")
+    ] = False,
 ) -> None:
     """Measure a model on a test split; with --baseline, hold it against the dense one; with --suite, on many sets.
 
@@ -121,6 +126,8 @@ def pull_and_compare(
 
     \b
     finllm-prune pull-and-compare org/name org/name-dense --data mine.csv --flips flips.csv
+
+    Exit codes: 0 done, 2 bad input.
     """
     from finllm_prune.comparison import compare_on
 
@@ -135,7 +142,13 @@ def pull_and_compare(
 
 
 def inspect(model: Annotated[str, typer.Argument(help="A saved model or Hub id.")]) -> None:
-    """Show the shape and the sparsity of every prunable layer."""
+    """Show the shape and the sparsity of every prunable layer.
+
+    \b
+    finllm-prune inspect outputs/quickstart/masked
+
+    Exit codes: 0 done, 2 bad input.
+    """
     from finllm_prune.saved import inspect_saved
 
     table = Table("layer", "shape", "sparsity", title=model)

@@ -66,7 +66,16 @@ def plan(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
-    """Predict size, speed, training time and memory of a run; nothing is trained to its end, and nothing written."""
+    """Predict size, speed, training time and memory of a run, before it.
+
+    \b
+    finllm-prune plan recipes/sentiment/minilm_fast.yaml task.dataset=data/headlines
+
+    It reads everything as a run does and times a few steps of each phase; the output is not touched. The latency table of this
+    machine is kept in the cache, for the run.
+
+    Exit codes: 0 done, 2 bad input, or a target out of reach.
+    """
     import datasets
 
     from finllm_prune.plan import plan as plan_recipe
@@ -97,6 +106,8 @@ def oneshot(
     finllm-prune oneshot recipes/oneshot/wanda_qwen3.yaml model=outputs/mine pruning.oneshot=sparsegpt
 
     At most one block has weights at a time. `finllm-prune run` trains on from the result.
+
+    Exit codes: 0 done, 2 bad input (nothing was pruned), 4 a proof failed.
     """
     import datasets
 

@@ -52,7 +52,7 @@ def sweep(
     devices: Annotated[
         list[str] | None,
         typer.Option(
-            help="cuda:0 cuda:1, or cpu cpu: a cell at a time on each; by default one cell where a run would be."
+            help="cuda:0 cuda:1, or cpu cpu: one cell at a time on each. By default on the device that a single run takes."
         ),
     ] = None,
     pick: Annotated[
