@@ -15,6 +15,7 @@ from finllm_prune.hub.base_model import locate
 from finllm_prune.loading import class_names, load_config
 from finllm_prune.saved import Saved
 from finllm_prune.tasks import Examples
+from finllm_prune.tasks.label_sets import find_in
 from finllm_prune.tasks.sentiment import Sentiment
 from finllm_prune.tasks.task import FORMATS, read_file
 
@@ -99,11 +100,12 @@ def _read(data: Path, text: str, label: str) -> tuple[list[str], list[Any] | Non
 
 
 def _indices(given: list[Any], labels: list[str], data: Path) -> list[int]:
-    index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
+    find, found = find_in(labels), []
     for row, value in enumerate(given, 1):
-        if not isinstance(value, str | int) or value not in index:
+        if (index := find(value)) is None:
             raise InputError(
                 f"--data: {data}: row {row} has the label {value!r}, and the models know {', '.join(labels)}; mend it, or name "
                 "a column that is not there by --label to compare without labels"
             )
-    return [index[value] for value in given]
+        found.append(index)
+    return found

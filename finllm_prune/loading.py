@@ -1,12 +1,14 @@
 """Models, configs and tokenizers from folders; what is damaged or missing is one sentence with the recipe's key."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GenericForSequenceClassification
 
@@ -82,6 +84,24 @@ def refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrain
         )
 
 
+def refuse_too_long(model: PreTrainedModel, splits: Iterable[datasets.Dataset]) -> None:
+    """Raise InputError where a tokenized row is longer than the positions that the model has learned."""
+    learned = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    table = next((module for module in learned if isinstance(module, nn.Embedding)), None)
+    if table is None:
+        return
+    # RoBERTa counts from behind the padding token's id.
+    most = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    for rows in splits:
+        for ids in rows["input_ids"]:
+            longest = max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+            if longest > most:
+                raise InputError(
+                    f"task.max_length: a text has {longest} tokens, and the model reads at most {most}; set max_length to "
+                    f"{most} or less"
+                )
+
+
 class OtherLabels(InputError):
     """A model that was fine-tuned on other classes than the data has."""
 
@@ -92,11 +112,14 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     Raises:
         OtherLabels: they are other classes, and ``must_match`` names a checkpoint that has to know them.
     """
-    own = [name.lower() for name in class_names(config)]
+    exact = class_names(config)
+    if sorted(exact) == sorted(labels):
+        return exact
+    own = [name.lower() for name in exact]
     if len(labels) == 1 and (len(own) == 1 or is_causal(config)):
         return labels  # one output means the same whatever it is called
     by_name = {label.lower(): label for label in labels}
-    if sorted(own) == sorted(by_name):
+    if len(by_name) == len(labels) and sorted(own) == sorted(by_name):
         return [by_name[name] for name in own]
     if must_match is not None:
         raise OtherLabels(

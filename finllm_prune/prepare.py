@@ -23,7 +23,15 @@ from finllm_prune.evaluation import Engine, Target, on_cpu, price, refuse_one_un
 from finllm_prune.families import Architecture, Family, find_architecture, is_causal
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
-from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer, refuse_no_padding
+from finllm_prune.loading import (
+    class_names,
+    label_order,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_no_padding,
+    refuse_too_long,
+)
 from finllm_prune.pruning import (
     Calibrated,
     Costs,
@@ -149,6 +157,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     for key, phase in phases.items():
         smoothed(loss, phase.label_smoothing_factor, key)
     tokens = {name: recipe.task.tokenize(rows, tokenizer) for name, rows in examples.splits.items()}
+    refuse_too_long(model, tokens.values())
     unlabelled = _unlabelled(recipe, examples, tokenizer)
     teacher = _teacher(recipe, examples, tokens["train"])
     kept = sum(_kept_bytes(recipe, config, teacher, rows) for rows in (tokens["train"], unlabelled) if rows is not None)

@@ -57,6 +57,8 @@ def test_sure_and_right_is_perfect_sure_and_wrong_is_the_worst() -> None:
     perfect, worst = calibration(sure, REFERENCES), calibration(sure.roll(1, -1), REFERENCES)
     assert (perfect.ece, perfect.brier) == (0.0, 0.0)
     assert (worst.ece, worst.brier) == (1.0, 2.0)
+    broken = calibration(torch.full((400, 3), float("nan")), REFERENCES)
+    assert (broken.ece, broken.brier) == (1.0, 2.0)
 
 
 def test_the_class_that_pays_most_comes_first_with_its_interval() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import compare
 from finllm_prune.evaluation.evidence import KINDS, Questions, collect
-from finllm_prune.judges import ClassJudge
+from finllm_prune.judges import ClassJudge, RankingJudge
 from finllm_prune.recipe import parse
 from finllm_prune.tasks.asking import turns_text
 
@@ -67,6 +67,33 @@ def test_what_is_asked_is_a_sample_of_what_changes_and_texts_are_told_apart() ->
     turns = datasets.Dataset.from_dict({"text": [turns_text([{"role": "user", "content": text}]) for text in texts]})
     found = collect(judge, turns, logits, quality, ask, Questions(), resamples=9)
     assert [entry["rows"] for entry in found.robustness] == [0, 0, 0], "they would be turns no longer"
+
+
+def test_queries_without_candidates_and_queries_of_the_same_words_are_units_of_their_own() -> None:
+    pools = {"q1": ["a", "b"], "q2": [], "q3": ["a"], "q4": ["b", "c"]}
+    texts = {"q1": "What is 5?", "q2": "what is it", "q3": "Why not?", "q4": "Why not?"}
+    pairs = [(texts[query], passage) for query, pool in pools.items() for passage in pool]
+    rows = datasets.Dataset.from_dict({"text": [text for text, _ in pairs], "pair": [passage for _, passage in pairs]})
+    judge = RankingJudge({query: {"a": 1, "c": 1} for query in pools}, pools)
+    logits = {
+        kind: torch.tensor([[2.0], [1.0], [0.0], [turn], [-turn]]) for kind, turn in (("dense", -1.0), ("pruned", 1.0))
+    }
+
+    def ask(kind: str, changed: datasets.Dataset) -> Tensor:
+        return torch.zeros(len(changed), 1)
+
+    found = collect(
+        judge, rows, logits, compare(judge, **logits, resamples=9), ask, Questions(sample=None), resamples=9
+    )
+    parts = {(row["by"], row["part"]): (row["units"], row["dense"]) for row in found.slices if row["by"] == "negation"}
+    assert found.units == 4
+    assert parts == {
+        ("negation", "with"): (2, pytest.approx(judge.worth(judge.answers(logits["dense"]))[2:].mean())),
+        ("negation", "without"): (1, pytest.approx(judge.worth(judge.answers(logits["dense"]))[0])),
+    }
+    assert {row["change"]: (row["rows"], row["of"]) for row in found.robustness}["negations"] == (3, 3)
+    assert found.changed is not None
+    assert [(row["text"], row["lost"]) for row in found.changed] == [("Why not?", True)]
 
 
 def test_a_recipe_chooses_what_is_asked() -> None:

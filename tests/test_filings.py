@@ -99,6 +99,7 @@ def test_what_the_task_cannot_do_is_refused_by_its_key(settings: dict[str, Any],
     [
         ("<p>Item&nbsp;1A.</p><div>Risk&#160;Factors</div>", "Item 1A. Risk Factors"),
         ("M<b>arket</b> Risk &amp; more", "Market Risk & more"),
+        ("<big>T</big>he <tt>c</tt>ost<s>s</s> o<wbr>f <ins>l</ins>oans", "The costs of loans"),
         (
             "All\n of it:<table><tr><td>Net\n sales</td><td>412</td></tr><tr><td>Loss</td></tr></table><p>Of the year.",
             "All of it:\nNet sales 412\nLoss\nOf the year.",

@@ -63,6 +63,19 @@ def test_lists_and_separated_texts_give_the_same_sets(tmp_path: Path, write: str
     assert turned.splits["train"]["label"][0] == examples.splits["train"]["label"][0][::-1]
 
 
+def test_a_class_label_in_a_list_is_an_index_of_the_column_s_names(tmp_path: Path) -> None:
+    feature = datasets.List(datasets.ClassLabel(names=TOPICS))
+    features = datasets.Features({"text": datasets.Value("string"), "label": feature})
+    for split in small.SPLITS:
+        rows = [{"text": row["text"], "label": sets_of(row)} for row in small.rows(split)]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    for labels in (None, TOPICS[::-1]):
+        examples = Filings(dataset=str(tmp_path), label_sets=LabelSets(), labels=labels).load()
+        assert examples.labels == (labels or TOPICS)
+        assert examples.counts("train")["move"] == 16
+        assert examples.counts("train")["level"] == 8
+
+
 def test_a_run_learns_sets(tmp_path: Path, tiny_folder: small.TinyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     small.few_resamples(monkeypatch)
     content = {
@@ -109,7 +122,9 @@ def test_what_is_no_set_of_known_labels_is_bad() -> None:
     assert bad(["move", "place"]) == [[0.0, 1.0, 1.0]]
     assert bad([0, 1]) == [[1.0, 1.0, 0.0]], "indices where labels are named"
     assert bad([]) == [[0.0, 0.0, 0.0]]
-    for value in ("move", None, ["sector"], [None], [["move"]], {"move": 1}, 3):
+    assert bad([" move"]) == [[0.0, 1.0, 0.0]]
+    assert LabelSets().read([[1], [3.0]], ["2", "3", "1"]) == [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], "names, not indices"
+    for value in ("move", None, ["sector"], [None], [["move"]], [""], {"move": 1}, 3):
         assert bad(value) == [None]
     assert LabelSets(separator="|").read(["move|place", None, "", "sector", 3], TOPICS)[3:] == [None, None]
 
@@ -191,6 +206,10 @@ def test_balanced_weights_let_both_sides_of_a_label_count_alike() -> None:
     torch.testing.assert_close(LabelSetLoss(weights)(logits, labels), formula)
     with pytest.raises(InputError, match=r"^task\.class_weights: no training row has the label place"):
         positive_weights("balanced", TOPICS, [[1, 0, 0], [0, 1, 0]])
+    with pytest.raises(
+        InputError, match=r"^task\.class_weights: every training row has the label level, so it cannot be"
+    ):
+        positive_weights("balanced", TOPICS, [[1, 0, 1], [1, 1, 0]])
     assert positive_weights({"level": 2.0, "move": 1.0, "place": 3.0}, TOPICS, rows).tolist() == [2.0, 1.0, 3.0]
 
 

@@ -3,13 +3,21 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from finllm_prune import prepare
+from finllm_prune.errors import InputError
+from finllm_prune.loading import refuse_too_long
+from finllm_prune.recipe import parse
 from finllm_prune.tasks import ends
 from finllm_prune.tasks.ends import both_ends, first_tokens
+from tests import small
+from tests.conftest import tiny_model
 from tests.scripts import script
 
 words = st.sampled_from(["profit", "fell", "by", "12.5%", "EUR", "unheard-of", "x" * 40, "\n\n", "      ", "é"])
@@ -43,6 +51,47 @@ def test_what_lies_between_is_not_read(tokenizer: PreTrainedTokenizerFast, monke
     first_tokens([text], 20, tokenizer)
     both_ends([text], 20, 0.5, tokenizer)
     assert max(read) <= 2 * 20 * 8
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "albert", "electra", "modernbert", "llama"])
+def test_a_text_with_more_tokens_than_positions_that_were_learned_is_refused(model_type: str) -> None:
+    model = tiny_model(model_type, layers=1).eval()
+
+    def rows(tokens: int, windows: bool) -> datasets.Dataset:
+        ids = torch.randint(4, 300, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+        return datasets.Dataset.from_dict({"input_ids": [ids, ids[:3]] if not windows else [[ids[:3], ids], [ids[:2]]]})
+
+    if model_type in ("modernbert", "llama"):  # they turn: there is no table that could end
+        refuse_too_long(model, [rows(90, False)])
+        model(torch.tensor([rows(90, False)["input_ids"][0]]))
+        return
+    most = 69 if model_type == "roberta" else 70
+    for windows in (False, True):
+        refuse_too_long(model, [rows(most, windows)])
+        with pytest.raises(
+            InputError, match=rf"^task\.max_length: a text has {most + 1} tokens, .* set max_length to {most} "
+        ):
+            refuse_too_long(model, [rows(3, windows), rows(most + 1, windows)])
+    model(torch.tensor([rows(most, False)["input_ids"][0]]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.tensor([rows(most + 1, False)["input_ids"][0]]))
+
+
+def test_a_run_refuses_it_before_training(tmp_path: Path, tiny_folder: small.TinyFolder) -> None:
+    model = tiny_folder(layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(model)
+    for split in small.SPLITS:
+        small.write_jsonl(
+            tmp_path / f"{split}.jsonl", [row | {"text": "Profit rose. " * 40} for row in small.rows(split)]
+        )
+    content = {
+        "model": str(model), "task": {"name": "sentiment", "dataset": str(tmp_path), "max_length": 100},
+        "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "sparsity": 0.5}]}, "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"^task\.max_length: a text has 100 tokens, and the model reads at most 70"):
+        prepare.read(parse(content))
 
 
 @pytest.mark.slow

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finllm_prune.errors import InputError
+from finllm_prune.tasks.beir import Retrieval
 from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers
+from finllm_prune.tasks.queries import masked_texts
 from finllm_prune.tasks.sentiment import Sentiment
 from tests import small
 
-names = st.lists(st.text(st.sampled_from("abB .&-"), min_size=1, max_size=5), max_size=5)
-texts = st.text(st.sampled_from("abAB .&-,"), max_size=30)
+names = st.lists(st.text(st.sampled_from("abB .&-'\u2019"), min_size=1, max_size=5), max_size=5)
+texts = st.text(st.sampled_from("abAB .&-,'\u2019\n\u00a0"), max_size=30)
 
 
 @settings(max_examples=200, deadline=None)
@@ -22,12 +24,13 @@ texts = st.text(st.sampled_from("abAB .&-,"), max_size=30)
 def test_no_whole_name_is_left_and_the_rest_stays(names: list[str], text: str) -> None:
     masked = Masker(names, "\u2588")(text)
     spellings = {form for name in names if name.strip() for form in (name.strip(), name.strip().upper())}
-    for name in spellings:
+    patterns = {name: re.sub("['\u2019]", "['\u2019]", r"\s+".join(map(re.escape, name.split()))) for name in spellings}
+    for name, pattern in patterns.items():
         begins, ends = (r"(?<!\w)" if name[0].isalnum() else "", r"(?!\w)" if name[-1].isalnum() else "")
-        assert re.search(begins + re.escape(name) + ends, masked) is None
+        assert re.search(begins + pattern + ends, masked) is None
     # What lies between the masks stands in the text, in this order, and only whole names lie between that.
     pieces = [re.escape(piece) for piece in masked.split("\u2588")]
-    one = "(?:" + "|".join(re.escape(name) for name in sorted(spellings)) + ")"
+    one = "(?:" + "|".join(sorted(patterns.values())) + ")"
     assert re.fullmatch(one.join(pieces), text)
 
 
@@ -48,6 +51,37 @@ def test_a_legal_form_may_be_left_out() -> None:
         mask("Apple, Inc. and AT&T bought Ferro and BANK OF OSLO") == "COMPANY and COMPANY bought COMPANY and COMPANY"
     )
     assert mask("a Bank in Oslo of the AG") == "a Bank in Oslo of the AG"
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("JPMorgan Chase & Co.", "JPMorgan Chase"),
+        ("Eli Lilly and Company", "Eli Lilly"),
+        ("Merck & Co., Inc.", "Merck"),
+        ("Brand Co", "Brand"),
+        ("Enterprise Products Partners L.P.", "Enterprise Products Partners"),
+        ("Barclays P.L.C.", "Barclays"),
+        ("Xylo, L.L.C.", "Xylo"),
+        ("Xylo L.L.P", "Xylo"),
+    ],
+)
+def test_all_of_a_legal_form_may_be_left_out(name: str, short: str) -> None:
+    mask = Mask(column="company").masker([name])
+    assert mask(f"{short} and {name} rose") == "COMPANY and COMPANY rose"
+
+
+@pytest.mark.parametrize("name", ["The Limited, Inc.", "The Company", "On AG", "& Co."])
+def test_what_is_left_of_a_name_without_its_legal_form_is_a_name(name: str) -> None:
+    mask = Mask(column="company").masker([name])
+    assert mask(f"The board & THE bank, On time: {name} rose") == "The board & THE bank, On time: COMPANY rose"
+
+
+def test_a_name_goes_over_white_space_and_with_either_apostrophe() -> None:
+    mask = Masker(["Wells  Fargo", "Wells", "Macy's", "L\u2019Oreal"], "COMPANY")
+    text = "Wells\nFargo, WELLS \u00a0 FARGO or Wells Fargot"
+    assert mask(text) == "COMPANY, COMPANY or COMPANY Fargot"
+    assert mask("\u2019Macy\u2019s\u2019 and L'Oreal") == "\u2019COMPANY\u2019 and COMPANY"
 
 
 def test_numbers_become_zeros() -> None:
@@ -71,6 +105,30 @@ def test_names_of_a_column_and_of_a_file_go_from_all_texts(tmp_path: Path, monke
     assert examples.facts["masked"] == {"train": 24, "validation": 3, "test": 9}
     with pytest.raises(InputError, match=r"no column 'firm' \(task\.mask\.column\)"):
         Sentiment(dataset=str(folder), mask=Mask(column="firm")).load()
+
+
+def test_a_column_may_hold_lists_of_names_and_has_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in small.SPLITS:
+        content = [
+            {**row, "text": f"Acme or Bolt: {row['text']}", "about": ["Acme Inc", "Bolt"], "year": 1}
+            for row in small.rows(split)
+        ]
+        small.write_jsonl(tmp_path / "data" / f"{split}.jsonl", content)
+    examples = Sentiment(dataset=str(tmp_path / "data"), mask=Mask(column="about")).load()
+    assert examples.splits["test"]["text"][0].startswith("COMPANY or COMPANY: ")
+    with pytest.raises(InputError, match=r"^task\.mask\.column: no row holds a name as text in column 'year'; name"):
+        Sentiment(dataset=str(tmp_path / "data"), mask=Mask(column="year")).load()
+
+
+def test_a_column_of_queries_may_hold_lists_of_names() -> None:
+    columns = {"q": {"_id": "q", "about": ["Acme Inc"], "year": 1}}
+    data = Retrieval({"p": "Acme rose"}, {"q": "Acme?"}, {}, {}, columns, "here", {}, [], {})
+    masked, counts = masked_texts(data, Mask(column="about"), numbers=False)
+    assert (masked.queries, masked.passages) == ({"q": "COMPANY?"}, {"p": "COMPANY rose"})
+    assert counts == {"queries": 1, "passages": 1}
+    with pytest.raises(InputError, match=r"^task\.mask\.column: no row holds a name"):
+        masked_texts(data, Mask(column="year"), numbers=False)
 
 
 def test_a_mask_without_names_is_refused(tmp_path: Path) -> None:

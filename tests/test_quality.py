@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from finllm_prune.evaluation import Quality, Report, compare
 from finllm_prune.evaluation.sparsity import layer_table
-from finllm_prune.judges import ClassJudge
+from finllm_prune.judges import ClassJudge, LabelSetJudge
 from finllm_prune.judges.judge import one_by_one
 from tests.conftest import LABELS, tiny_model
 
@@ -55,6 +55,29 @@ def test_many_draws_are_valued_as_each_alone_is_by_scikit_learn(classes: int, ro
         np.testing.assert_allclose(
             judge.values(name, answers, draws), one_by_one(judge, name, answers, draws), atol=1e-12
         )
+
+
+@given(st.integers(2, 5), st.integers(0, 10**6))
+def test_what_is_no_number_is_never_right_and_no_class(classes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = ["accuracy", "macro_f1", "micro_f1", "mcc", "top3_accuracy"]
+    judge = ClassJudge(rng.integers(classes, size=12), [str(c) for c in range(classes)], names)
+    logits = torch.eye(classes)[torch.as_tensor(judge.references)]
+    logits[rng.random(12) < 0.5] = float("nan")
+    answers, draws = judge.answers(logits), rng.integers(12, size=(4, 12))
+    broken = logits.isnan().any(-1).numpy()
+    assert judge.value("accuracy", answers) == pytest.approx(1 - broken.mean())
+    assert (judge.same(answers, answers) == ~broken).all()
+    assert judge.f1(answers, draws).shape == (4, classes)
+    for name in names:
+        np.testing.assert_allclose(
+            judge.values(name, answers, draws), one_by_one(judge, name, answers, draws), atol=1e-12
+        )
+    nothing = judge.answers(torch.full((12, classes), float("nan")))
+    assert [judge.value(name, nothing) for name in names] == [0.0] * 5
+    sets = LabelSetJudge(np.eye(classes, dtype=np.int64)[judge.references], judge.labels, ["accuracy", "macro_f1"])
+    assert sets.value("accuracy", sets.answers(20 * logits - 10)) == pytest.approx(1 - broken.mean())
+    assert sets.value("macro_f1", sets.answers(torch.full((12, classes), float("nan")))) == 0.0
 
 
 @pytest.mark.parametrize("dense", [noisy(0.2, 1), np.zeros(200, dtype=np.int64)], ids=["good", "collapsed"])

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from finllm_prune.errors import InputError
 from finllm_prune.tasks.rows import first_lines
 from finllm_prune.tasks.sentiment import Sentiment
+from finllm_prune.tasks.task import read_file
 from tests import small
+from tests.conftest import LABELS
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +139,75 @@ def test_bytes_that_are_not_utf8_in_a_csv(tmp_path: Path, bad_rows: Any) -> None
     examples = task.load()
     assert list(examples.splits["train"]["text"]) == ['Two\nlines, "quoted".', "Profit rose.", "Profit fell."]
     assert examples.facts["bad_rows"] == {"train": {"no text": 1, "unreadable": 1}}
+
+
+def csv_of(path: Path, header: str, cells: list[list[Any]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header.split(), *cells])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "expected"),
+    [
+        ("", "mine", [None, "mine"]),
+        (0, 0.5, [0.0, 0.5]),
+        (7, "NA", ["7", "NA"]),
+        ("007", "A", ["007", "A"]),
+        (7, "", [7, None]),
+        ("", True, [None, "True"]),
+        (True, True, [True, True]),
+    ],
+)
+def test_the_type_of_a_csv_column_is_that_of_all_its_rows(
+    tmp_path: Path, first: Any, later: Any, expected: list[Any]
+) -> None:
+    # What datasets reads at once are 10,000 rows.
+    cells = [["So so.", first, ""] for _ in range(10_000)] + [["So so.", later, "x"]]
+    rows = read_file(csv_of(tmp_path / "train.csv", "text cell late", cells), "train")
+    assert [rows[i]["cell"] for i in (0, 10_000)] == expected
+    assert [rows[i]["late"] for i in (0, 10_000)] == [None, "x"]
+
+
+def test_a_long_csv_that_is_broken_is_still_refused(tmp_path: Path) -> None:
+    cells = [["So so.", 1, ""] for _ in range(10_000)] + [["So so.", 1, "x"]]
+    path = csv_of(tmp_path / "train.csv", "text label", cells)
+    with pytest.raises(
+        InputError, match=r"train\.csv: its rows have more fields than its header; put texts with a comma"
+    ):
+        read_file(path, "train")
+    cells = [["So so.", 1] for _ in range(10_000)] + [["So so.", 1, "x"]]
+    csv_of(path, "text label", cells)
+    with pytest.raises(InputError, match=r"train\.csv cannot be read as csv \(.*line 10002, saw 3\); mend it"):
+        read_file(path, "train")
+
+
+@pytest.mark.parametrize("names", [["None", "NA", "null"], ["up", "NA", "down"]])
+def test_a_label_of_a_csv_may_be_none_or_na(tmp_path: Path, names: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    new = dict(zip(small.SENTENCES, names, strict=True))
+    for split in small.SPLITS:
+        csv_of(tmp_path / f"{split}.csv", "text label", [[row["text"], new[row["label"]]] for row in small.rows(split)])
+    examples = Sentiment(dataset=str(tmp_path)).load()
+    assert examples.labels == sorted(names)
+    assert "NA" in caplog.text
+    assert "which becomes a class; where it means that a row has no label, list the class names" in caplog.text
+    with pytest.raises(InputError, match=r"has the unknown label 'NA'; known are "):
+        Sentiment(dataset=str(tmp_path), labels=[name for name in names if name != "NA"]).load()
+
+
+def test_empty_cells_of_a_csv_are_missing_and_one_na_leaves_numbers_indices(tmp_path: Path) -> None:
+    for split in small.SPLITS:
+        rows = [
+            [row["text"], LABELS.index(row["label"]), i] for i, row in enumerate(small.rows(split), 100 * len(split))
+        ]
+        csv_of(tmp_path / f"{split}.csv", "text label id", rows)
+    rows[:0] = [["So.", "NA", 1], ["So.", "", 2], ["", 1, 3], ["So.", 1, ""]]
+    csv_of(tmp_path / "test.csv", "text label id", rows)
+    task = Sentiment(dataset=str(tmp_path), labels=LABELS, id_column="id", bad_rows="skip")
+    examples = task.load()
+    assert examples.facts["bad_rows"] == {"test": {"unknown label": 2, "no text": 1, "no id": 1}}
+    assert [LABELS[i] for i in examples.splits["test"]["label"]] == [row["label"] for row in small.rows("test")]
+    with pytest.raises(
+        InputError, match=r"test\.csv, line 2, has the unknown label 'NA'; known are negative, neutral, pos"
+    ):
+        Sentiment(dataset=str(tmp_path), labels=LABELS).load()

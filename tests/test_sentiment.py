@@ -1,5 +1,6 @@
 """Sentiment beyond one text and three labels: pairs, scores, other labels, weights of classes, focal loss."""
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,78 @@ def test_any_labels_make_the_head(
     data = provenance(ready)["data"]
     assert data["labels"]["train"] == dict.fromkeys(labels, 8)
     assert data["leakage"]["test in train"] == {"exact": 0, "near": 0}
+
+
+def parquet_of(path: Path, values: list[Any], feature: Any = None) -> str:
+    """The value of each label, in the order of ``LABELS``."""
+    path.mkdir()
+    for split in small.SPLITS:
+        rows = [row | {"label": values[LABELS.index(row["label"])]} for row in small.rows(split)]
+        table = datasets.Dataset.from_list(rows)
+        table = table if feature is None else table.cast_column("label", feature)
+        table.to_parquet(path / f"{split}.parquet")
+    return str(path)
+
+
+def named(dataset: str, labels: list[str] | None) -> list[str]:
+    """What the three values of a column are called, in the order of ``LABELS``."""
+    examples = Sentiment(dataset=dataset, labels=labels).load()
+    assert examples.labels == (labels or examples.labels)
+    found = dict(zip((row["label"] for row in small.rows("test")), examples.splits["test"]["label"], strict=True))
+    return [examples.labels[found[name]] for name in LABELS]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "expected"),
+    [
+        ([1, 2, 3], ["3", "2", "1"], ["1", "2", "3"]),
+        ([1.0, 2.0, 3.0], ["1", "2", "3"], ["1", "2", "3"]),
+        ([-1, 0, 1], ["-1", "0", "1"], ["-1", "0", "1"]),
+        ([1.01, 2.02, 1.1], ["1.01", "1.10", "2.02"], ["1.01", "2.02", "1.10"]),
+        ([0, 1, 1], ["1", "0"], ["0", "1", "1"]),
+        ([False, True, True], ["True", "False"], ["False", "True", "True"]),
+        ([False, True, True], ["true", "false"], ["false", "true", "true"]),
+        ([False, True, True], ["down", "up"], ["down", "up", "up"]),
+        ([False, True, True], ["1", "0"], ["0", "1", "1"]),
+        ([0, 1, 1], ["false", "true"], ["false", "true", "true"]),
+        ([0.0, 1.0, 2.0], ["down", "so", "up"], ["down", "so", "up"]),
+        ([Decimal(0), Decimal(1), Decimal(2)], ["down", "so", "up"], ["down", "so", "up"]),
+        (["0", "1", "2"], ["down", "so", "up"], ["down", "so", "up"]),
+    ],
+)
+def test_a_number_is_the_class_that_is_called_so_or_else_an_index(
+    tmp_path: Path, values: list[Any], labels: list[str], expected: list[str]
+) -> None:
+    assert named(parquet_of(tmp_path / "data", values), labels) == expected
+
+
+def test_numbers_that_name_no_class_are_refused_where_others_do(tmp_path: Path) -> None:
+    folder = parquet_of(tmp_path / "data", [0, 1, 2])
+    with pytest.raises(InputError, match=r"row 0, has the unknown label 2; known are 0, 1 \(the first of"):
+        Sentiment(dataset=folder, labels=["0", "1"]).load()
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (LABELS, ["positive", "neutral", "negative"], LABELS),
+        (LABELS, ["dovish", "neutral", "hawkish"], ["dovish", "neutral", "hawkish"]),
+        (["1", "2", "3"], None, ["1", "2", "3"]),
+        (["1", "2", "3"], ["3", "2", "1"], ["1", "2", "3"]),
+        (["1", "2", "3"], ["2", "1", "0"], ["2", "1", "0"]),
+    ],
+)
+def test_the_values_of_a_class_label_column_are_indices_of_its_names(
+    tmp_path: Path, names: list[str], labels: list[str] | None, expected: list[str]
+) -> None:
+    folder = parquet_of(tmp_path / "data", [0, 1, 2], datasets.ClassLabel(names=names))
+    assert named(folder, labels) == expected
+
+
+def test_a_class_label_column_of_more_names_than_are_given_is_refused(tmp_path: Path) -> None:
+    folder = parquet_of(tmp_path / "data", [0, 1, 2], datasets.ClassLabel(names=LABELS))
+    with pytest.raises(InputError, match=r"has the unknown label 2; known are negative, positive"):
+        Sentiment(dataset=folder, labels=["negative", "positive"]).load()
 
 
 def pair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -1,5 +1,6 @@
 """Splits made anew: no group on two sides, sizes, time order; copies in two splits."""
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from finllm_prune.errors import InputError
 from finllm_prune.recipe import parse
+from finllm_prune.tasks import KEPT
 from finllm_prune.tasks.sentiment import Sentiment
 from finllm_prune.tasks.splitting import SPLITS, Split, leakage, near_key, without_copies
 from tests import small
@@ -95,12 +97,54 @@ def test_a_row_without_a_date_is_a_bad_row(tmp_path: Path) -> None:
         Sentiment(dataset=str(folder), split=Split(by="date")).load()
 
 
+def test_all_rows_are_divided_whatever_their_splits_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for split in small.SPLITS for row in small.rows(split)]
+    parts = {"full": datasets.Dataset.from_list(rows[:30]), "more": datasets.Dataset.from_list(rows[30:])}
+    monkeypatch.setattr(
+        "finllm_prune.tasks.classification.read_splits", lambda *_: (datasets.DatasetDict(parts), "a set of the Hub")
+    )
+    examples = Sentiment(dataset="owner/name", split=Split()).load()
+    assert sum(map(len, examples.splits.values())) == len(rows)
+
+
+def test_columns_that_a_missing_cell_gave_another_type_are_kept_together(tmp_path: Path) -> None:
+    folder = Path(dated(tmp_path / "data"))
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for name, size in (("train", 5), ("test", 2.5)):
+        small.write_jsonl(
+            folder / f"{name}.jsonl", [row | {"size": size} for row in rows[:: 1 if name == "train" else 2]]
+        )
+    examples = Sentiment(dataset=str(folder), split=Split(by="date"), keep_columns=["size", "size"]).load()
+    assert {size for rows in examples.splits.values() for size in rows[f"{KEPT}size"]} == {5.0, 2.5}
+    small.write_jsonl(folder / "test.jsonl", [row | {"size": "small"} for row in rows])
+    with pytest.raises(InputError, match=r"^task\.keep_columns: a column is of another kind in another split"):
+        Sentiment(dataset=str(folder), split=Split(by="date"), keep_columns=["size"]).load()
+
+
+@pytest.mark.parametrize(("key", "task"), [("id_column", {"id_column": "x"}), ("split.by", {"split": Split(by="x")})])
+def test_lists_name_no_row_and_no_group(tmp_path: Path, key: str, task: dict[str, Any]) -> None:
+    for split in small.SPLITS:
+        small.write_jsonl(tmp_path / f"{split}.jsonl", [row | {"x": ["a"]} for row in small.rows(split)])
+    with pytest.raises(InputError, match=rf"^task\.{key}: column 'x' holds lists; name one"):
+        Sentiment(dataset=str(tmp_path), **task).load()
+
+
+def test_training_rows_of_one_class_teach_nothing(tmp_path: Path) -> None:
+    for split in small.SPLITS:
+        small.write_jsonl(tmp_path / f"{split}.jsonl", [row | {"label": "up"} for row in small.rows(split)])
+    with pytest.raises(
+        InputError, match=r"^task\.dataset: all training rows of .* have the label up; there is nothing"
+    ):
+        Sentiment(dataset=str(tmp_path), labels=["down", "up"]).load()
+
+
 def test_what_is_a_time_is_told_from_most_values() -> None:
     split = Split(by="x")
     assert split.is_time(["2020-01-31", "2020-02-01T10:00:00Z", "n/a"])
     assert not split.is_time(["2020", "320193", "May", None])
     assert not split.is_time([320193, 2020, 7])
     assert Split(by="x", kind="time").keys([2020, 2019], True) == [2020, 2019]
+    assert Split(by="x", kind="time").keys([2020, None, 2019], True) == [2020, None, 2019], "one cell is missing"
     early, late = split.keys(["2020-01-31", "2020-02-01T10:00:00+02:00"], True)
     assert early < late
 

@@ -152,6 +152,9 @@ def test_the_table_tells_what_others_published_and_what_was_left_out(home: Path,
     report = evaluate_suite(parse(suite), str(home / "pruned"), str(home / "dense"))
     heads, rows = report.table()
     table = {row[0]: row[1:] for row in rows}
+    assert report.headline().endswith("second (margin 0.02)")
+    assert table["not worse by 1 point"][1].endswith(" (margin 0.02)")
+    assert "margin" not in table["not worse by 1 point"][0]
     assert heads == ["", "first", "second"]
     assert table["published"] == ["Araci <2019>: accuracy 0.860\nBM25: nDCG@10 0.200", ""]
     assert table["rows left out of the set"] == ["1", ""]

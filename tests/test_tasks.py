@@ -125,6 +125,15 @@ def test_indices_become_names_by_task_labels(tmp_path: Path) -> None:
     same_as_small(Sentiment(dataset=str(tmp_path), labels=FINBERT).load().reordered(LABELS))
 
 
+def test_white_space_around_a_label_is_none_of_it(tmp_path: Path) -> None:
+    for split in small.SPLITS:
+        content = [
+            {**row, "label": (row["label"], f" {row['label']}\n")[i % 2]} for i, row in enumerate(small.rows(split))
+        ]
+        small.write_jsonl(tmp_path / f"{split}.jsonl", content)
+    same_as_small(Sentiment(dataset=str(tmp_path)).load())
+
+
 def test_validation_is_made_from_train_where_it_is_missing(tmp_path: Path) -> None:
     folder = small.write_folder(tmp_path / "data")
     (folder / "validation.jsonl").unlink()
@@ -179,6 +188,8 @@ COMMA = "text,label\nProfit rose, sales fell,positive\nThe meeting,neutral\n"
 BAD_DATA = [
     (append("test.jsonl", {"text": "So so.", "label": "mixed"}), "test.jsonl, line 10, has the unknown label 'mixed'; known"),
     (append("train.jsonl", {"text": "So so.", "label": None}), "train.jsonl, line 25, has the unknown label None; known are"),
+    (append("train.jsonl", {"text": "So so.", "label": ""}), "train.jsonl, line 25, has the unknown label ''; known are neg"),
+    (append("train.jsonl", {"text": "So so.", "label": " \n"}), "train.jsonl, line 25, has the unknown label ' \\n'; known"),
     (append("test.jsonl", {"text": "So so.", "label": "Positive"}), "line 10, has the unknown label 'Positive'; known are"),
     (append("train.jsonl", {"text": "", "label": "neutral"}), "train.jsonl, line 25, has no text in column 'text'; mend"),
     (append("test.jsonl", {"text": " \n", "label": "neutral"}), "test.jsonl, line 10, has no text in column 'text'; mend"),
@@ -314,6 +325,13 @@ def test_the_order_of_a_checkpoint_is_adopted_only_where_its_classes_are_the_sam
     assert label_order(config("Positive", "NEGATIVE", "Neutral"), LABELS) == FINBERT
     assert label_order(config("LABEL_0", "LABEL_1", "LABEL_2"), LABELS) == LABELS
     assert label_order(config("positive", "negative"), LABELS) == LABELS
+    folded = ["Positive", *LABELS]
+    assert label_order(config(*FINBERT), folded) == folded
+    assert label_order(config(*folded), sorted(folded, reverse=True), must_match="some/model") == folded
+    with pytest.raises(
+        InputError, match=r"predicts positive, negative, neutral, but the data has Positive, negative, ne"
+    ):
+        label_order(config(*FINBERT), folded, must_match="some/model")
     with pytest.raises(
         InputError, match=r"some/model predicts label_0, label_1, but the data has negative, neutral, pos"
     ):

@@ -1,5 +1,6 @@
 """Texts without labels: what is taken of them, what their teacher says of them, and who is refused them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from finllm_prune.prepare import prepare
 from finllm_prune.recipe import Recipe, parse
 from finllm_prune.run import run, taught_rows
 from finllm_prune.saved import evaluate_saved
+from finllm_prune.tasks.filings import Filings
+from finllm_prune.tasks.masking import Mask
 from finllm_prune.tasks.sentiment import Sentiment
 from tests import small
 from tests.conftest import loud, tiny_model
@@ -70,6 +73,42 @@ def test_their_names_are_masked_as_those_of_the_data(tmp_path: Path, data: dict[
     examples = Sentiment(**data, normalise_numbers=True).load()
     assert examples.unlabelled is not None
     assert list(examples.unlabelled["text"]) == ["In 0 sales of 0 shops rose."]
+
+
+def test_the_names_of_the_column_go_from_them_too(tmp_path: Path, data: dict[str, str]) -> None:
+    for split in small.SPLITS:
+        content = [{**row, "text": f"Acme: {row['text']}", "company": "Acme Inc"} for row in small.rows(split)]
+        small.write_jsonl(tmp_path / "data" / f"{split}.jsonl", content)
+    Path(data["unlabelled"]).write_text(f"Acme: {small.rows('test')[0]['text']}\nAcme grew.", encoding="utf-8")
+    examples = Sentiment(**data, mask=Mask(column="company")).load()
+    assert examples.unlabelled is not None
+    assert list(examples.unlabelled["text"]) == ["COMPANY grew."]
+    assert examples.facts["unlabelled"] == {"rows": 1, "copies_left_out": 1}
+
+
+def test_texts_of_markup_alone_are_passed_over(data: dict[str, str]) -> None:
+    Path(data["unlabelled"]).write_text("<p></p>\n<p>Margins rose.</p>", encoding="utf-8")
+    examples = Filings(**data, clean=True).load()
+    assert examples.unlabelled is not None
+    assert list(examples.unlabelled["text"]) == ["Margins rose."]
+    assert examples.facts["unlabelled"] == {"rows": 1, "copies_left_out": 0}
+    Path(data["unlabelled"]).write_text("<p></p>", encoding="utf-8")
+    with pytest.raises(InputError, match=r"^task\.unlabelled: .* holds no text"):
+        Filings(**data, clean=True).load()
+
+
+def test_they_lie_in_the_column_of_the_data(tmp_path: Path, data: dict[str, str]) -> None:
+    for split in small.SPLITS:
+        content = [{"sentence": row["text"], "label": row["label"]} for row in small.rows(split)]
+        small.write_jsonl(tmp_path / "data" / f"{split}.jsonl", content)
+    small.write_jsonl(tmp_path / "more.jsonl", [{"sentence": text, "text": "another"} for text in NEW])
+    small.write_jsonl(tmp_path / "other.jsonl", [{"text": text} for text in NEW])
+    task = Sentiment(**data | {"unlabelled": str(tmp_path / "more.jsonl")}, text_column="sentence")
+    examples = task.load()
+    assert examples.unlabelled is not None
+    assert list(examples.unlabelled["text"]) == NEW
+    with pytest.raises(InputError, match=r"^task\.unlabelled: .*no column 'sentence' \(task\.text_column\)"):
+        replace(task, unlabelled=str(tmp_path / "other.jsonl")).load()
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,13 @@ def test_a_prompt_that_leaves_no_room_is_refused(saved: Path, words: PreTrainedT
         asked(task, words, PASSAGES)
 
 
+def test_a_template_may_hold_any_sign() -> None:
+    said = Prompt(template="\N{BANK} {query} {passage} \u20ac").chat_template()
+    assert "\N{BANK} " in said
+    assert "\u20ac" in said
+    said.encode()
+
+
 @pytest.mark.parametrize("template", ["{query} alone", "{passage} then {query}", "{query} {passage} {passage}"])
 def test_a_template_has_a_place_for_both(template: str) -> None:
     with pytest.raises(InputError, match=r"task\.prompt\.template"):

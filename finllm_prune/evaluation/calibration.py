@@ -31,8 +31,12 @@ def calibration(logits: Tensor, references: NDArray[np.int64], bins: int = 15) -
     logits: shape (rows, classes).
     references: the right class of each row, shape (rows,).
     bins: of the confidence, from 0 to 1.
+
+    A row whose logits are no numbers counts as sure of a wrong class.
     """
     probabilities = logits.double().softmax(-1).numpy()
+    broken = np.isnan(probabilities).any(-1)
+    probabilities[broken] = np.eye(probabilities.shape[1])[(references[broken] + 1) % probabilities.shape[1]]
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == references
     # A bin holds its upper edge, as Guo et al. have it.
     places = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

@@ -123,7 +123,7 @@ def collect(
     """
     both = _Both(judge, rows, {kind: logits[kind] for kind in KINDS}, questions)
     tested = not_worse(both.worth["dense"], both.worth["pruned"], questions.test)
-    told = len(both.unit_of) > 0
+    told = "text" in rows.column_names
     return Evidence(
         headline=judge.headline,
         unit=judge.unit,
@@ -159,17 +159,18 @@ class _Both:
 
     @cached_property
     def unit_of(self) -> Indices:
-        """The unit of each row, shape (rows,): a query has a row with each candidate; empty where it cannot be told."""
-        texts = list(self.rows["text"]) if "text" in self.rows.column_names else []
-        if len(texts) == len(self.judge):
-            return np.arange(len(texts))
-        unit = np.cumsum([row > 0 and text != texts[row - 1] for row, text in enumerate(texts)])
-        return unit if len(texts) and unit[-1] + 1 == len(self.judge) else np.array([], dtype=np.int64)
+        """The unit of each row, shape (rows,): a query has a row with each candidate."""
+        return self.judge.units()
+
+    @cached_property
+    def there(self) -> Indices:
+        """The units that have rows: a query may have no candidate."""
+        return np.unique(self.unit_of)
 
     @cached_property
     def first_rows(self) -> datasets.Dataset:
-        """One row of each unit, in their order; a query is there without its passages."""
-        rows = self.rows.select(np.unique(self.unit_of, return_index=True)[1])
+        """One row of each unit that has any, in their order; a query is there without its passages."""
+        rows = self.rows.select(np.searchsorted(self.unit_of, self.there))
         return rows.remove_columns("pair") if self.judge.unit == "query" else rows
 
     def calibration(self) -> dict[str, Calibration] | None:
@@ -189,7 +190,8 @@ class _Both:
         return [
             {"by": by, "part": part, "units": len(units), **self._beside(*(worth[units] for worth in self.worth.values()))}
             for by, parts in slices(self.questions.slices, self.first_rows).items()
-            for part, units in parts.items()
+            for part, places in parts.items()
+            for units in [self.there[places]]
         ]  # fmt: skip
 
     def robustness(self, ask: Ask, seed: int) -> list[dict[str, Any]]:
@@ -198,7 +200,7 @@ class _Both:
         Prompts of several turns stay as they are: no change knows which of the turns it is about.
         """
         names = {cls: name for name, cls in PERTURBATIONS.items()}
-        units, most = np.arange(len(self.judge)), self.questions.sample
+        units, most = self.there, self.questions.sample
         if most is not None and most < len(units):
             units = np.sort(np.random.default_rng(seed).choice(units, most, replace=False))
         places = np.flatnonzero(np.isin(self.unit_of, units))
@@ -237,9 +239,11 @@ class _Both:
         found = []
         for unit in [int(unit) for unit in np.argsort(lost, kind="stable") if lost[unit] != 0][:_SHOWN]:
             if isinstance(judge, ClassJudge):
-                told = {kind: judge.labels[given[unit, 0]] for kind, given in self.answers.items()}
+                labels = [*judge.labels, "no number"]
+                told = {kind: labels[given[unit, 0]] for kind, given in self.answers.items()}
                 told["truth"] = judge.labels[judge.references[unit]]
             else:
                 told = {kind: f"{values[unit]:.3f}" for kind, values in self.worth.items()} | {"truth": ""}
-            found.append({"text": self.first_rows[unit]["text"], **told, "lost": bool(lost[unit] < 0)})
+            place = int(np.searchsorted(self.there, unit))
+            found.append({"text": self.first_rows[place]["text"], **told, "lost": bool(lost[unit] < 0)})
         return found

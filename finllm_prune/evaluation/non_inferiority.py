@@ -80,13 +80,14 @@ def not_worse(dense: NDArray[np.float64], pruned: NDArray[np.float64], asked: No
     variance = max(float(difference.var()) * units / freedom, asked.margin * (1 - asked.margin))
     error = math.sqrt(variance / units)
     reach = float(stats.t.isf(asked.alpha, freedom)) * error + 1 / units
-    power = float(stats.norm.isf(asked.alpha) + stats.norm.ppf(0.8))
+    # Of n units: margin - 1 / n is to be so many standard errors.
+    errors = float(stats.norm.isf(asked.alpha) + stats.norm.ppf(0.8)) * math.sqrt(variance)
     return Outcome(
         margin=asked.margin,
         difference=mean,
         interval=[mean - reach, mean + reach],
         p=float(stats.t.sf((mean - 1 / units + asked.margin) / error, freedom)),
-        units_needed=math.ceil(power**2 * variance / asked.margin**2),
+        units_needed=math.ceil(((errors + math.sqrt(errors**2 + 4 * asked.margin)) / (2 * asked.margin)) ** 2),
     )
 
 

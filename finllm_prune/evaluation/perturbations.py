@@ -11,27 +11,45 @@ import datasets
 
 from finllm_prune.settings import named
 from finllm_prune.tasks import KEPT
-from finllm_prune.tasks.masking import LEGAL_FORMS, Masker, listed_names
+from finllm_prune.tasks.masking import FUNCTION_WORDS, LEGAL_FORMS, Masker, listed_names, one_spelling, texts_in
 
-_MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*"
-_NUMBER = re.compile(
-    rf"""(?<![\w.,-]) \d+(?:[.,]\d+)*      # no part of a name, as in Q3
-    (?! [.,]?\d | \s{_MONTH}\b             # no day
-      | -?(?!(?:[mkb]|mn|bn|tn|pp|bps?)\b)[A-Za-z] )  # not 10-K, but 5bn""",
+_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|"
+    r"Dec(?:ember)?)"
+)
+_DAYS = r"[0-3]?\d(?:[-\u2013][0-3]?\d)?"
+_SCALE = r"\s?(?:%|(?:per\s?cent|thousand|million|billion|trillion|[mb]n)\b)"
+# What stays comes first, an amount is one of what is left, and what a word has in it is a part of a name.
+_FIGURE = re.compile(
+    rf"""
+      \b{_MONTH}\.?\s+{_DAYS}\b(?![.,]\d|{_SCALE}) | {_DAYS}\s+{_MONTH}\b
+    | (?<![$€£¥])(?:19|20)\d\d(?:[-\u2013](?:19|20)?\d\d)?(?!\w|[.,:/\u2013-]\d|{_SCALE})  # a year, or 2023-24
+    | \d+(?:[.,]\d+)*(?:[/:]\d+(?:[.,]\d+)*)+                # 12/31/2023, 10:30
+    | \d+(?:-\d+){{2,}} | 0\d[\w.,-]*                         # 2023-12-31, 007
+    | (?!\d{{1,3}}(?:\.\d{{3}})+(?![.\d]))\d+(?:\.\d+){{2,}}   # 1.2.3, but not 1.234.567
+    | \b(?:Class|Form|Items?|Level|Part|Rule|Section|Tier)\s+\d[\w-]* | 401\s?\(?(?i:k)\b | 1\db-\d\b | (?<![$€£¥\u2013-])3M\b
+    | (?:EUR|USD|GBP|JPY|CHF|SEK|NOK|DKK|Rs\.?)(?=\d)         # no part of a name, as Q3 is
+    | (?P<amount>(?:(?<![.,])[.,])?\d+(?:[.,]\d+)*)
+      (?:(?i:[kmbtx]|-?(?:mm|m[il]o|ml?n|mrd|bl?n|tr?n|pp|bps?|pct))\b|(?!\w|[.,:/]\d|-[A-Za-z]))  # 5bn, but not 10-K
+    | \w+(?:[-.,]\w+)*
+    """,
     re.VERBOSE,
 )
-_DAY = re.compile(rf"{_MONTH}\.?\s$")
-_YEAR = re.compile(r"(?:19|20)\d\d")
+# 1 000 000 is one number; 412 398 377 are three where the thousands of the text have commas.
+_SPACED = re.compile(r"(?<![\w.,])\d{1,3}((?:[ \u00a0\u2009\u202f]\d{3})+)(?!\d)")
+_THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
+# By the sign before the decimals.
+_NUMBERS = {
+    ".": re.compile(r"(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?"),
+    ",": re.compile(r"(?:\d{1,3}(?:\.\d{3})+|0|[1-9]\d*)(?:,\d+)?"),
+}
 _AUXILIARY = re.compile(
     r"\b(is|are|was|were|has|have|had|will|would|can|could|should|may|might|must|does|do|did)\b(?!\s+(?:not|no|never)\b|n't)"
 )
 _COMPANY = re.compile(
-    rf"(?:[A-Z][\w&'-]*\s+){{1,4}}(?:{LEGAL_FORMS}|Group|Holdings|Bank|Bancorp|Partners|Trust|Industries)\b"
+    rf"(?:[A-Z][\w&'\u2019-]*\s+){{1,4}}(?:{LEGAL_FORMS}|Group|Holdings|Bank|Bancorp|Partners|Trust|Industries)\b"
 )
-_NO_NAME = re.compile(
-    r"^(?:(?:The|A|An|In|At|Of|For|And|But|As|On|By|With|From|Its|Our|Shares|Was|Is|Are|Were|Did|Does|Has|Will|Can|Should|How|Why|What|"
-    r"When|Which|Who)\s+)+"
-)
+_NO_NAME = re.compile(rf"^(?:(?:{FUNCTION_WORDS})\s+)+")
 
 
 Texts = dict[str, list[str]]  # of the columns text and, where rows have it, pair
@@ -53,7 +71,8 @@ class Perturbation(Protocol):
 class Numbers:
     """All numbers of a text times the same factor, between 1.1 and 2: what was more is more still, so a mind should not change.
 
-    Those of its pair are multiplied by it too. Years, days of a month, and numbers in names (Q3, 10-K) stay as they are.
+    Those of its pair are multiplied by it too. Years, dates, times, and numbers in names (Q3, 10-K) stay as they are. So does a
+    text with a number that cannot be read for sure (1 000 000, or 1.5 beside 2,5), and what is compared with its numbers.
     """
 
     def columns(self) -> list[str]:
@@ -61,18 +80,22 @@ class Numbers:
 
     def __call__(self, rows: datasets.Dataset, seed: int) -> Texts:
         factors = [random.Random(f"{seed} {text}").uniform(1.1, 2.0) for text in rows["text"]]
+        before = _texts(rows)
+        after = {name: list(map(_multiplied, texts, factors)) for name, texts in before.items()}
+        unread = {text for text, *new in zip(before["text"], *after.values(), strict=True) if None in new}
+        # A text with numbers is compared with all its pairs; without one, each pair is by itself.
+        stays = [text in unread and text != new for text, new in zip(before["text"], after["text"], strict=True)]
         return {
-            name: [self.change(text, factor) for text, factor in zip(texts, factors, strict=True)]
-            for name, texts in _texts(rows).items()
+            name: [
+                old if new is None or stay else new for old, new, stay in zip(texts, after[name], stays, strict=True)
+            ]
+            for name, texts in before.items()
         }
 
     def change(self, text: str, factor: float) -> str:
-        """The text with its numbers multiplied, decimals and separators as they were."""
-
-        def multiplied(found: re.Match[str]) -> str:
-            return found[0] if _DAY.search(text[: found.start()]) else _times(found[0], factor)
-
-        return _NUMBER.sub(multiplied, text)
+        """The text with its numbers multiplied, decimals and separators as they were where that turns no order round."""
+        multiplied = _multiplied(text, factor)
+        return text if multiplied is None else multiplied
 
 
 @dataclass(frozen=True)
@@ -129,12 +152,13 @@ class Companies:
     def _known(self, rows: datasets.Dataset) -> list[str]:
         """All names, in the order of the alphabet."""
         texts = {text for column in _texts(rows).values() for text in column}
-        names = {_NO_NAME.sub("", found[0]) for text in texts for found in _COMPANY.finditer(text)}
+        found = {one_spelling(_NO_NAME.sub("", found[0])) for text in texts for found in _COMPANY.finditer(text)}
+        names = {name for name in found if " " in name}  # of "The Group" no name is left
         if self.column is not None:
-            names |= {str(name).strip() for name in rows[f"{KEPT}{self.column}"] if name}
+            names |= {one_spelling(name) for name in texts_in(rows[f"{KEPT}{self.column}"])}
         if self.names is not None:
-            names |= set(listed_names(self.names, "companies.names"))
-        return sorted(name for name in names if " " in name or len(name) > 1)
+            names |= set(map(one_spelling, listed_names(self.names, "companies.names")))
+        return sorted(name for name in names if len(name) > 1)
 
 
 def _texts(rows: datasets.Dataset) -> Texts:
@@ -143,29 +167,40 @@ def _texts(rows: datasets.Dataset) -> Texts:
 
 def _renamed(texts: Sequence[str], masker: Masker, names: Sequence[str], chance: random.Random) -> list[str]:
     """The texts with each name replaced by the same other name, which is in none of them."""
-    whole = "\n".join(texts).lower()
+    whole = one_spelling("\n".join(texts)).lower()
     others = [name for name in names if name.lower() not in whole]
     chance.shuffle(others)
     given: dict[str, str] = {}
 
     def other(name: str) -> str:
-        if name not in given and others:
-            given[name] = others.pop()
-        return given.get(name, name)
+        key = name.upper()
+        if key not in given and others:
+            given[key] = others.pop()
+        return given.get(key, name)
 
     return [masker(text, other) for text in texts]
 
 
-def _times(number: str, factor: float) -> str:
-    whole, comma, decimals = number.rpartition(",") if re.fullmatch(r"\d+,(?:\d{1,2}|\d{4,})", number) else ("", "", "")
-    if comma:  # 12,5
-        return _times(f"{whole}.{decimals}", factor).replace(".", ",")
-    grouped = re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", number)
-    if _YEAR.fullmatch(number) or not (grouped or re.fullmatch(r"(?:0|[1-9]\d*)(?:\.\d+)?", number)):
-        return number
-    places = len(number.partition(".")[2])
-    product = float(number.replace(",", "")) * factor
-    return f"{product:,.{places}f}" if grouped else f"{product:.{places}f}"
+def _multiplied(text: str, factor: float) -> str | None:
+    """The text with its numbers multiplied; None where one of them cannot be read for sure."""
+    found = [each for each in _FIGURE.finditer(text) if each["amount"]]
+    amounts = [each["amount"] for each in found]
+    point = next((point for point, number in _NUMBERS.items() if all(map(number.fullmatch, amounts))), None)
+    commas = _THOUSANDS.search(text) is not None
+    if point is None or any(not commas or re.search(r"\s0", spaced[1]) for spaced in _SPACED.finditer(text)):
+        return None
+    comma = "," if point == "." else "."
+    products = [float(amount.replace(comma, "").replace(point, ".")) * factor for amount in amounts]
+    places = [len(amount.partition(point)[2]) for amount in amounts]
+    ranked = [rounded for _, rounded in sorted(zip(products, map(round, products, places), strict=True))]
+    if ranked != sorted(ranked):  # 5 < 5.4, but 6 > 5.9
+        places = [max(places)] * len(places)
+    parts, end = [], 0
+    for each, product, decimals in zip(found, products, places, strict=True):
+        number = f"{product:,.{decimals}f}" if comma in each["amount"] else f"{product:.{decimals}f}"
+        parts += [text[end : each.start("amount")], number.translate(str.maketrans(".,", point + comma))]
+        end = each.end("amount")
+    return "".join([*parts, text[end:]])
 
 
 def changes(asked: Sequence[Any], where: str) -> list[Perturbation]:

@@ -44,14 +44,19 @@ def by_negation(texts: Sequence[str]) -> dict[str, Indices]:
 
 
 def of_values(values: Sequence[Any]) -> dict[str, Indices]:
-    """The ten most frequent values and the others; three parts where there are more numbers than that."""
-    counts = Counter(map(str, values))
-    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    """The ten most frequent values and the others, or three parts where there are more numbers; and what is missing."""
+    there = np.array([value is not None and value == value for value in values])  # NaN is not itself
+    known = [value for value, is_there in zip(values, there, strict=True) if is_there]
+    counts = Counter(map(str, known))
+    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
     if is_number and len(counts) > _NAMED:
-        return _thirds(np.array(values, dtype=float))
-    frequent = [value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NAMED]]
-    parts = _divided([str(value) if str(value) in frequent else "all others" for value in values])
-    return {name: parts[name] for name in [*frequent, "all others"] if name in parts}
+        parts = _thirds(np.array(known, dtype=float))
+    else:
+        frequent = [value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NAMED]]
+        named = _divided([str(value) if str(value) in frequent else "all others" for value in known])
+        parts = {name: named[name] for name in [*frequent, "all others"] if name in named}
+    found = {name: np.flatnonzero(there)[rows] for name, rows in parts.items()}
+    return found if there.all() else {**found, "missing": np.flatnonzero(~there)}
 
 
 def _divided(names: Sequence[str]) -> dict[str, Indices]:
@@ -61,9 +66,9 @@ def _divided(names: Sequence[str]) -> dict[str, Indices]:
 def _thirds(values: NDArray[Any], unit: str = "") -> dict[str, Indices]:
     parts, below = {}, -np.inf
     for edge in np.unique(np.quantile(values, [1 / 3, 2 / 3], method="lower")):
-        parts[f"up to {edge:g} {unit}"] = (values > below) & (values <= edge)
+        parts[f"up to {edge:.15g} {unit}"] = (values > below) & (values <= edge)
         below = edge
-    parts[f"more than {below:g} {unit}"] = values > below
+    parts[f"more than {below:.15g} {unit}"] = values > below
     return {name.strip(): np.flatnonzero(rows) for name, rows in parts.items() if rows.any()}
 
 

@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from torch import Tensor
 
-from finllm_prune.judges.judge import Answers, Indices, one_by_one
+from finllm_prune.judges.judge import Answers, Indices, is_number, one_by_one
 from finllm_prune.metrics import find_metric
 
 _LIKELIEST = 3
@@ -20,6 +20,8 @@ _OF_SEVERAL = ("top3_accuracy",)
 @dataclass(frozen=True)
 class ClassJudge:
     """Answers are the likeliest classes, shape (rows, 3 or fewer), the first of which is the decision.
+
+    Where a logit is no number the answer is -1, which is no class and never right.
 
     The test is McNemar's (1947), exact.
 
@@ -41,7 +43,8 @@ class ClassJudge:
         return len(self.references)
 
     def answers(self, logits: Tensor) -> Answers:
-        answers: Answers = logits.argsort(dim=-1, descending=True, stable=True)[:, :_LIKELIEST].numpy()
+        likeliest = logits.argsort(dim=-1, descending=True, stable=True)[:, :_LIKELIEST].numpy()
+        answers: Answers = np.where(is_number(logits)[:, None], likeliest, -1)
         return answers
 
     def value(self, metric: str, answers: Answers, units: Indices | None = None) -> float:
@@ -60,13 +63,13 @@ class ClassJudge:
 
     def f1(self, answers: Answers, draws: Indices) -> NDArray[np.float64]:
         """Of each class, (draws, classes); 0 where it neither occurs nor is decided for."""
-        return _f1(self._counts(answers[:, 0], draws))
+        return _f1(self._counts(answers[:, 0], draws))[:, :-1]
 
     def worth(self, answers: Answers) -> NDArray[np.float64]:
         return np.asarray(answers[:, 0] == self.references, dtype=np.float64)
 
     def same(self, one: Answers, other: Answers) -> NDArray[np.bool_]:
-        same: NDArray[np.bool_] = one[:, 0] == other[:, 0]
+        same: NDArray[np.bool_] = (one[:, 0] == other[:, 0]) & (one[:, 0] >= 0)
         return same
 
     def paired_test(self, dense: Answers, pruned: Answers) -> tuple[str, float]:
@@ -90,10 +93,13 @@ class ClassJudge:
     def collapsed(self, answers: Answers) -> bool:
         return len(np.unique(answers[:, 0])) == 1 and len(np.unique(self.references)) > 1
 
+    def units(self) -> Indices:
+        return np.arange(len(self))
+
     def _counts(self, decided: Indices, draws: Indices) -> NDArray[np.float64]:
-        """Confusion matrices, shape (draws, classes, classes): right class, decision."""
-        several, classes = len(draws), len(self.labels)
-        cells = (np.arange(several)[:, None] * classes + self.references[draws]) * classes + decided[draws]
+        """Confusion matrices, shape (draws, classes + 1, classes + 1): right class, decision; the last is that of no class."""
+        several, classes = len(draws), len(self.labels) + 1
+        cells = (np.arange(several)[:, None] * classes + self.references[draws]) * classes + decided[draws] % classes
         counts = np.bincount(cells.reshape(-1), minlength=several * classes * classes)
         return counts.reshape(several, classes, classes).astype(np.float64)
 

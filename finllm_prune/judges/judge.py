@@ -73,6 +73,16 @@ class Judge(Protocol):
         """Whether a model says the same to everything, though it should not."""
         ...
 
+    def units(self) -> Indices:
+        """(rows,): which unit each row of the logits belongs to, ascending; a unit may have none."""
+        ...
+
+
+def is_number(logits: Tensor) -> NDArray[np.bool_]:
+    """(rows,): whether all of a row's logits are."""
+    numbers: NDArray[np.bool_] = logits.isfinite().all(-1).numpy()
+    return numbers
+
 
 def one_by_one(judge: Judge, metric: str, answers: Answers, draws: Indices) -> NDArray[np.float64]:
     """``Judge.values`` where nothing faster is known."""

@@ -87,7 +87,7 @@ class RankingJudge:
         pairs = (self.worth(dense), self.worth(pruned))
         result = permutation_test(
             pairs, lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", vectorized=True, n_resamples=9999,
-            rng=np.random.default_rng(0),
+            batch=100, rng=np.random.default_rng(0),
         )  # fmt: skip
         return "randomization test on nDCG@10", float(result.pvalue)
 
@@ -105,3 +105,6 @@ class RankingJudge:
         """The model gives all passages of a query the same score, whatever the query."""
         several = [len(pool) > 1 for pool in self.pools.values()]
         return bool(any(several) and (answers["spread"][several] < _EQUAL).all())
+
+    def units(self) -> Indices:
+        return np.repeat(np.arange(len(self)), [len(pool) for pool in self.pools.values()])

@@ -72,3 +72,6 @@ class ScoreJudge:
     def collapsed(self, answers: Answers) -> bool:
         right = np.ptp(self.references)
         return bool(right > 0 and np.ptp(answers) < _EQUAL * right)
+
+    def units(self) -> Indices:
+        return np.arange(len(self))

@@ -96,9 +96,17 @@ class SuiteReport:
     def headline(self) -> str:
         """The answer in a sentence."""
         words = {"not worse": "shown on", "not shown": "not shown on", "worse": "worse on"}
-        sets = {verdict: [name for name, own in self.verdicts().items() if own == verdict] for verdict in words}
+        verdicts = self.verdicts()
+        sets = {
+            verdict: [each.name + self._own_margin(each) for each in self.sets if verdicts[each.name] == verdict]
+            for verdict in words
+        }
         parts = [f"{words[verdict]} {', '.join(names)}" for verdict, names in sets.items() if names]
         return f"Not worse by more than {points(self.asked.margin)}: {'; '.join(parts)}"
+
+    def _own_margin(self, each: SetResult) -> str:
+        """In brackets, where a set has another one than the suite."""
+        return "" if each.tested.margin == self.asked.margin else f" (margin {each.tested.margin:g})"
 
     def gate_rows(self) -> list[dict[str, Any]]:
         """``set``, ``gate``, ``threshold``, ``value``, ``passed``, of each set that has it; what collapsed passes none."""
@@ -158,7 +166,7 @@ class SuiteReport:
             f"  {self.confidence()} interval": lambda each: "[{:+.1f}, {:+.1f}]".format(
                 *np.multiply(100, each.tested.interval)
             ),
-            f"not worse by {points(self.asked.margin)}": lambda each: verdicts[each.name],
+            f"not worse by {points(self.asked.margin)}": lambda each: verdicts[each.name] + self._own_margin(each),
             "  p, Holm": lambda each: p_value(corrected[each.name]["not_worse"]),
             "  units to show it": lambda each: (
                 f"about {each.tested.units_needed:,}" if verdicts[each.name] == "not shown" else ""

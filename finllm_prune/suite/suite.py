@@ -167,7 +167,7 @@ def _task(data: dict[str, Any], columns: list[str], where: str) -> Task:
     """A task that keeps these columns beside its texts."""
     settings = {key: value for key, value in data.items() if key != "name"}
     if columns:
-        settings["keep_columns"] = [*settings.get("keep_columns", []), *columns]
+        settings["keep_columns"] = list(dict.fromkeys([*settings.get("keep_columns", []), *columns]))
     try:
         return build(find_task(data["name"]), settings, f"{where}.task")
     except InputError as error:

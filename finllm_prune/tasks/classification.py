@@ -27,13 +27,13 @@ from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.ends import columns_of, first_tokens
 from finllm_prune.tasks.label_column import LabelColumn
 from finllm_prune.tasks.label_sets import LabelSetLoss, LabelSets, positive_weights
-from finllm_prune.tasks.masking import Mask, normalise_numbers, without_names
+from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers, without_names
 from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, divided, filled, leakage, not_in, without_copies
 from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, Task, check_columns, read_splits, split_files
-from finllm_prune.tasks.texts import read_texts
+from finllm_prune.tasks.texts import filled_texts, read_texts
 
 Tables = dict[str, datasets.Dataset]
 
@@ -66,8 +66,8 @@ class Classification:
         config, revision: of a Hub id: which of its configurations, at which branch or commit; None takes its main ones.
         keep_columns: columns that stay beside the texts, for the slices of a suite.
         unlabelled: a .txt (a text a line), .jsonl, .csv or .parquet file, or a folder whose train split counts, of texts
-            without labels. The pruned model learns from them too, what its teacher says of them (pseudo-labels, Lee 2013).
-            Copies of what lies in a split are left out, and an epoch is longer by the rest.
+            without labels, in ``text_column`` but for .txt. The pruned model learns from them too, what its teacher says of
+            them (pseudo-labels, Lee 2013). Copies of what lies in a split are left out, and an epoch is longer by the rest.
     """
 
     auto_class: ClassVar = AutoModelForSequenceClassification
@@ -116,9 +116,10 @@ class Classification:
             )
         # Of all rows, where training rows are yet to be drawn.
         labels = self._label_column.names({name: raw[name] for name in (raw if self.split else ["train"])}, source)
-        tables = {name: raw[name] for name in SPLITS if name in raw}
+        tables = {name: raw[name] for name in (raw if self.split else SPLITS) if name in raw}
         for name, rows in tables.items():
             check_columns(rows, self._columns(), f"{source}, split {name}")
+            self._refuse_lists(rows)
         # Rows are checked as they lie in their files, so that an error names the row that the user finds there.
         bad = self._no_bad_rows(tables, source, left_out or {})
         splits = {name: self._read(name, rows, labels, bad) for name, rows in tables.items()}
@@ -127,9 +128,9 @@ class Classification:
         facts: dict[str, Any] = {"bad_rows": bad.settle(self.bad_rows)}
         good = {name: bad.good(name) for name in splits}
         splits = {name: filled(rows.select(good[name]), name) for name, rows in splits.items()}
+        cells = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
+        masker = None if self.mask is None else self.mask.masker_of(cells)
         if self.mask is not None or self.normalise_numbers:
-            names = _values(tables, self.mask.column, good) if self.mask and self.mask.column else []
-            masker = None if self.mask is None else self.mask.masker(name for name in names if isinstance(name, str))
             splits, masked = without_names(splits, masker, self.normalise_numbers)
             facts |= {} if self.mask is None else {"masked": masked}
         splits = {name: self._with_kept(rows, tables[name].select(good[name])) for name, rows in splits.items()}
@@ -137,16 +138,17 @@ class Classification:
             splits, facts["split"] = divided(
                 splits, [keys[name][row] for name in splits for row in good[name]], self.split
             )
+        self._refuse_one_label(splits["train"], labels, source)
         splits = self._complete(splits, source)
         if self.deduplicate:
             splits, facts["dropped_copies"] = without_copies(splits)
         facts["leakage"] = leakage(splits)
         unlabelled = None
         if self.unlabelled is not None:
-            unlabelled, facts["unlabelled"] = self._unlabelled(self.unlabelled, splits)
+            unlabelled, facts["unlabelled"] = self._unlabelled(self.unlabelled, splits, masker)
         if self.scores is not None:
             facts["scores"] = {name: _summary(list(rows["label"])) for name, rows in splits.items()}
-        return Examples(splits, labels, source, facts, bad.left_out(), unlabelled)
+        return Examples(splits, list(labels), source, facts, bad.left_out(), unlabelled)
 
     def loss(self, examples: Examples) -> Loss | None:
         """That of scores or label sets; of classes one weighted or focal, where that is asked for."""
@@ -208,9 +210,12 @@ class Classification:
 
     def prepared(self, texts: Sequence[str], names: Sequence[str] = ()) -> list[str]:
         """Texts of which no label is known, as those of the data are prepared; masked are the listed names, and ``names``."""
+        return self._prepared(texts, None if self.mask is None else self.mask.masker(names))
+
+    def _prepared(self, texts: Sequence[str], masker: Masker | None) -> list[str]:
         texts = [self.read_text(text) for text in texts]
-        if self.mask is not None:
-            texts = list(map(self.mask.masker(names), texts))
+        if masker is not None:
+            texts = list(map(masker, texts))
         return list(map(normalise_numbers, texts)) if self.normalise_numbers else texts
 
     def read_text(self, text: str) -> str:
@@ -234,6 +239,19 @@ class Classification:
             **{f"{KEPT}{column}": column for column in self.keep_columns},
         }  # fmt: skip
         return {key: column for key, column in asked.items() if column is not None}
+
+    def _refuse_lists(self, rows: datasets.Dataset) -> None:
+        for key, column in (("id_column", self.id_column), ("split.by", self.split.by if self.split else None)):
+            if column is not None and isinstance(rows.features[column], datasets.List | datasets.LargeList):
+                raise InputError(f"task.{key}: column '{column}' holds lists; name one with a single value in each row")
+
+    def _refuse_one_label(self, train: datasets.Dataset, labels: list[str], source: str) -> None:
+        """Where all training rows have the same label, a model learns nothing but that."""
+        if self.scores is None and len(labels) > 1 and len(set(map(str, train["label"]))) == 1:
+            only = "the same labels" if self.label_sets is not None else f"the label {labels[train['label'][0]]}"
+            raise InputError(
+                f"task.dataset: all training rows of {source} have {only}; there is nothing to learn, so mend the data"
+            )
 
     def _no_bad_rows(self, tables: Tables, source: str, left_out: dict[str, list[int]]) -> BadRows:
         folder = BUILTIN / self.builtin if self.dataset == "builtin" else Path(self.dataset)
@@ -261,10 +279,13 @@ class Classification:
         asked = list(dict.fromkeys([*texts.values(), self.label_column]))
         return rewritten(raw.select_columns(asked), read, datasets.Features(types))
 
-    def _unlabelled(self, source: str, splits: Tables) -> tuple[datasets.Dataset, dict[str, int]]:
+    def _unlabelled(
+        self, source: str, splits: Tables, masker: Masker | None
+    ) -> tuple[datasets.Dataset, dict[str, int]]:
         """Texts that lie in no split, with any label; and how many were left out."""
-        texts = read_texts(source, "task.unlabelled")
-        new = not_in(self.prepared(texts), splits)
+        read = read_texts(source, "task.unlabelled", column=self.text_column)
+        texts = filled_texts(self._prepared(read, masker), "task.unlabelled", source)
+        new = not_in(texts, splits)
         if not new:
             raise InputError(f"task.unlabelled: every text of {source} lies in a split already; name other texts")
         label = splits["train"].features["label"]
@@ -301,7 +322,9 @@ class Classification:
 
     def _with_kept(self, rows: datasets.Dataset, raw: datasets.Dataset) -> datasets.Dataset:
         """``keep_columns`` beside the texts, whatever these and their labels were called."""
-        kept = [raw.select_columns([name]).rename_column(name, f"{KEPT}{name}") for name in self.keep_columns]
+        kept = [
+            raw.select_columns([name]).rename_column(name, f"{KEPT}{name}") for name in dict.fromkeys(self.keep_columns)
+        ]
         return datasets.concatenate_datasets([rows, *kept], axis=1)
 
     def _complete(self, whole: dict[str, datasets.Dataset], source: str) -> dict[str, datasets.Dataset]:

@@ -1,17 +1,22 @@
 """The column of the labels: what they are called, what is learned of each value, and what is wrong with others."""
 
 import bisect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import datasets
 
 from finllm_prune.errors import InputError
-from finllm_prune.tasks.label_sets import LabelSets
+from finllm_prune.tasks.label_sets import Coded, LabelSets, find_in
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.task import take
 
+logger = logging.getLogger(__name__)
+
+_MISSING = {"NA", "N/A", "<NA>", "NULL", "null", "NaN", "nan", "None"}  # what programs write where there is no label
 _SCORE = "score"  # what the one output of a regression is called
 
 
@@ -48,8 +53,7 @@ class LabelColumn:
         if (thresholds := self.thresholds) is not None:
             numbers = Scores().read(values)
             return [None if number is None else bisect.bisect_right(thresholds, number) for number in numbers]
-        index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
-        return [index.get(value) if isinstance(value, str | int | float) else None for value in values]
+        return list(map(find_in(labels), values))
 
     def fault(self, value: Any, labels: Sequence[str]) -> tuple[str, str]:
         """What is wrong with a value of which nothing is learned: its kind, and a predicate."""
@@ -70,10 +74,15 @@ class LabelColumn:
         """
         if self.scores is not None:
             return [_SCORE]
-        labels = self._found(tables, source) if self.labels is None else self.labels
-        if len(set(labels)) < max(2, len(labels)):
+        labels = self._found(tables, source) if self.labels is None else self._given(tables, self.labels)
+        if len({name.strip() for name in labels}) < max(2, len(labels)):
             raise InputError(f"task.labels: at least two different class names are needed, not {labels}")
         return labels
+
+    def _given(self, tables: Mapping[str, datasets.Dataset], labels: list[str]) -> list[str]:
+        feature = next(iter(tables.values())).features.get(self.column)
+        feature = getattr(feature, "feature", feature)
+        return Coded(labels, feature.names) if isinstance(feature, datasets.ClassLabel) else labels
 
     def _found(self, tables: Mapping[str, datasets.Dataset], source: str) -> list[str]:
         columns = [
@@ -86,24 +95,30 @@ class LabelColumn:
             values = [name for value in values for name in self.label_sets.split(value) or ()]
             feature = getattr(feature, "feature", feature)
         if isinstance(feature, datasets.ClassLabel):
-            return list(feature.names)
+            return Coded(feature.names, feature.names)
         others = [value for value in values if not isinstance(value, str)]
-        if any(isinstance(value, float) and not value.is_integer() for value in others):
+        if any(isinstance(value, float | Decimal) and value % 1 for value in others):
             raise InputError(
                 f"task.thresholds: column '{self.column}' of {source} holds scores: learn them as such by "
                 "task.scores: {}, or give those that divide the classes of task.labels, as thresholds: [-0.2, 0.2]"
             )
         if others:
             raise InputError(
-                f"task.labels: column '{self.column}' of {source} holds {others[0]!r} and the like, not names; "
+                f"task.labels: column '{self.column}' of {source} holds {others[0]} and the like, not names; "
                 "list the class names in the order of their indices"
             )
-        names = sorted(set(values))
+        names = sorted({value.strip() for value in values} - {""})
         if len(names) < 2:
             raise InputError(
                 f"task.dataset: all rows of {source} have the same label ({', '.join(names) or 'none'}); "
                 "there is nothing to learn"
             )
+        if odd := sorted(_MISSING.intersection(names)):
+            logger.warning(
+                "task.labels: column '%s' of %s holds %s, which becomes a class; where it means that a row has no label, "
+                "list the class names without it.",
+                self.column, source, ", ".join(odd),
+            )  # fmt: skip
         return names
 
     def check(self, for_classes: Mapping[str, Any]) -> None:

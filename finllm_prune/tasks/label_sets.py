@@ -1,7 +1,9 @@
 """Several labels for each text, or none: the provisions that a contract clause makes, the events that an 8-K reports."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +12,51 @@ from torch import Tensor
 
 from finllm_prune.errors import InputError
 from finllm_prune.tasks.skew import class_weights
+
+
+class Coded(list[str]):
+    """The labels of a ClassLabel column, whose numbers are indices of its own names, be these numbers themselves or not.
+
+    Args:
+        names: those of the column. Where the labels are the same ones in another order, a number means the label of its name.
+    """
+
+    def __init__(self, labels: Sequence[str], names: Sequence[str]):
+        super().__init__(labels)
+        same = sorted(labels) == sorted(names)
+        self.codes: dict[Any, int] = {code: self.index(names[code]) if same else code for code in range(len(labels))}
+
+
+def find_in(labels: Sequence[str]) -> Callable[[Any], int | None]:
+    """What tells the index of a label: by its name, or by a number; None for what is neither.
+
+    A number is the label that is called so. Only where no label is called by a number, numbers are indices.
+    """
+    names = {name.strip(): i for i, name in enumerate(labels)}
+    truths = {word == "true": i for name, i in names.items() if (word := name.lower()) in ("true", "false")}
+    numbers: dict[Any, int] = {number: i for name, i in names.items() if (number := _number(name)) is not None}
+    if isinstance(labels, Coded):
+        numbers = labels.codes
+    elif not numbers:
+        numbers = {i: i for i in range(len(labels))}
+        # In a csv one cell that is no number makes texts of all of them.
+        names = {str(i): i for i in numbers} | names
+
+    def find(value: Any) -> int | None:
+        if isinstance(value, str):
+            return names.get(value.strip())
+        if isinstance(value, bool) and truths:
+            return truths.get(value)
+        return numbers.get(value) if isinstance(value, int | float | Decimal) else None
+
+    return find
+
+
+def _number(name: str) -> int | float | None:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(name)
+    return None
 
 
 @dataclass(frozen=True)
@@ -45,13 +92,12 @@ class LabelSets:
 
     def read(self, values: Sequence[Any], labels: Sequence[str]) -> list[list[float] | None]:
         """1 for each label that a row has and 0 for the others; None where one of them is unknown, or there is no list."""
-        index: dict[Any, int] = {name: i for i, name in enumerate(labels)} | {i: i for i in range(len(labels))}
+        find = find_in(labels)
         rows = []
         for value in values:
             names = self.split(value)
-            known = names is not None and all(isinstance(name, str | int) and name in index for name in names)
-            given = {index[name] for name in names or ()} if known else set()
-            rows.append([float(i in given) for i in range(len(labels))] if known else None)
+            given = {None} if names is None else set(map(find, names))
+            rows.append(None if None in given else [float(i in given) for i in range(len(labels))])
         return rows
 
 
@@ -80,9 +126,10 @@ def positive_weights(asked: str | dict[str, float], labels: Sequence[str], rows:
     if isinstance(asked, dict):
         return class_weights(asked, labels, [])
     held = torch.tensor(rows).sum(0)
-    if absent := (held == 0).nonzero().flatten().tolist():
-        raise InputError(
-            f"task.class_weights: no training row has the label {labels[absent[0]]}, so it cannot be balanced; give weights "
-            "by name"
-        )
+    for name, count in zip(labels, held.tolist(), strict=True):
+        if count in (0, len(rows)):
+            raise InputError(
+                f"task.class_weights: {'every' if count else 'no'} training row has the label {name}, so it cannot be "
+                "balanced; give weights by name"
+            )
     return (len(rows) - held) / held

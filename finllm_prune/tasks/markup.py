@@ -11,7 +11,10 @@ _HTML = (
     "big|sub|sup|s|strike|blockquote|section|article|header|footer|img|script|style|meta|link|ix:[a-z]+"
 )
 _TAG = re.compile(rf"</?(?:{_HTML})(?:\s[^<>]*)?/?>|<!--|<!doctype|<\?xml", re.IGNORECASE)
-_INLINE = ("a", "b", "em", "font", "i", "small", "span", "strong", "sub", "sup", "u")
+_INLINE = (
+    "a", "abbr", "b", "big", "code", "del", "em", "font", "i", "ins", "mark", "s", "small", "span", "strike", "strong", "sub",
+    "sup", "tt", "u", "wbr",
+)  # fmt: skip
 _UNSEEN = ("head", "script", "style", "ix:header")
 _HIDDEN = re.compile(r"display\s*:\s*none", re.IGNORECASE)
 

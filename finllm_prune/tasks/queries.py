@@ -18,14 +18,19 @@ def column_of(data: Retrieval, column: str, queries: Sequence[str], key: str) ->
     Raises:
         InputError: no query has it; ``key`` of the task asked for it.
     """
+    values = _cells(data, column, queries, key)
+    numbers = all(value is None or isinstance(value, int | float) for value in values)
+    return values if numbers else [None if value is None else str(value) for value in values]
+
+
+def _cells(data: Retrieval, column: str, queries: Sequence[str], key: str) -> list[Any]:
+    """A column of these queries as it came; see ``column_of``."""
     known = list(dict.fromkeys(name for row in data.columns.values() for name in row))
     if column not in known:
         raise InputError(
             f"task.{key}: queries of {data.source} have no column '{column}' but {', '.join(known)}; name one of these"
         )
-    values = [data.columns[query].get(column) for query in queries]
-    numbers = all(value is None or isinstance(value, int | float) for value in values)
-    return values if numbers else [None if value is None else str(value) for value in values]
+    return [data.columns[query].get(column) for query in queries]
 
 
 def divided_queries(data: Retrieval, split: Split) -> tuple[Retrieval, dict[str, Any]]:
@@ -62,8 +67,9 @@ def masked_texts(data: Retrieval, mask: Mask | None, numbers: bool) -> tuple[Ret
     """Queries and passages without names and, if asked, without ``numbers``; and in how many of each there was a name."""
     masker = None
     if mask is not None:
-        column = [] if mask.column is None else column_of(data, mask.column, list(data.queries), "mask.column")
-        masker = mask.masker(name for name in column if isinstance(name, str))
+        masker = mask.masker_of(
+            [] if mask.column is None else _cells(data, mask.column, list(data.queries), "mask.column")
+        )
     texts = {"queries": data.queries, "passages": data.passages}
     tables = {name: datasets.Dataset.from_dict({"text": list(each.values())}) for name, each in texts.items()}
     changed, counts = without_names(tables, masker, numbers)

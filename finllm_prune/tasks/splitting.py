@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from finllm_prune.errors import InputError
+from finllm_prune.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Split:
         """
         if not time:
             return [None if pd.isna(value) or value == "" else str(value) for value in values]
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        if all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values):
             return [None if pd.isna(value) else value for value in values]
         return _dates(values)
 
@@ -98,7 +99,7 @@ def divided(
     splits: dict[str, datasets.Dataset], keys: list[Any], split: Split
 ) -> tuple[dict[str, datasets.Dataset], dict[str, Any]]:
     """All rows in splits made anew, and what these are, for the report."""
-    whole = datasets.concatenate_datasets(list(splits.values()))
+    whole = datasets.concatenate_datasets(_aligned(list(splits.values())))
     keys = keys if split.by is not None else list(range(len(whole)))
     time = split.by is not None and not isinstance(keys[0], str)
     parts = split.divide(keys, time)
@@ -111,6 +112,19 @@ def divided(
             else len(set(values))
         )
     return {name: filled(whole.select(rows), name) for name, rows in parts.items()}, fact
+
+
+def _aligned(splits: list[datasets.Dataset]) -> list[datasets.Dataset]:
+    """With the same type of each column: a missing cell makes one file's whole numbers another one's fractions."""
+    if all(rows.features == splits[0].features for rows in splits):
+        return splits
+    try:
+        schema = pa.unify_schemas([rows.features.arrow_schema for rows in splits], promote_options="permissive")
+    except pa.ArrowTypeError as error:
+        raise InputError(
+            f"task.keep_columns: a column is of another kind in another split ({one_line(error)}); mend it, or keep others"
+        ) from error
+    return [rows.cast(datasets.Features.from_arrow_schema(schema.remove_metadata())) for rows in splits]
 
 
 def filled(rows: datasets.Dataset, split: str) -> datasets.Dataset:

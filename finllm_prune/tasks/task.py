@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
+import pandas as pd
 from datasets.fingerprint import get_temporary_cache_files_directory
 from torch import Tensor
 from transformers import DataCollator, PreTrainedConfig, PreTrainedTokenizerBase
@@ -24,6 +26,7 @@ PARQUET = "refs/convert/parquet"
 KEPT = "keep_columns."  # what the names of columns begin with that a task keeps beside its texts
 T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
+_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}  # of a csv: "None" and "NA" are texts
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -254,11 +257,38 @@ def read_file(path: Path, split: str, left_out: list[int] | None = None) -> data
 
 
 def _loaded(path: Path, split: str, named: Path, **options: Any) -> datasets.Dataset:
+    options |= {"data_files": {split: str(path)}, "split": split}
     try:
-        rows = datasets.load_dataset(FORMATS[path.suffix], data_files={split: str(path)}, split=split, **options)
+        kind = FORMATS[path.suffix]
+        rows = _of_csv(path, options) if kind == "csv" else datasets.load_dataset(kind, **options)
     except (ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         reason = " ".join((str(error.__cause__ or error) or "it is empty").split())
         raise InputError(f"{named} cannot be read as {path.suffix[1:]} ({reason}); mend it") from error
     if path.suffix == ".csv" and "__index_level_0__" in rows.column_names:
         raise InputError(f"{named}: its rows have more fields than its header; put texts with a comma in quotes")
     return rows
+
+
+def _of_csv(path: Path, options: dict[str, Any]) -> Any:
+    """The rows of a csv: datasets takes their types from the first ones; where others do not fit, all are looked at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pd.errors.DtypeWarning)
+        try:
+            return datasets.load_dataset("csv", **_CELLS, **options)
+        except datasets.exceptions.DatasetGenerationError:
+            return datasets.load_dataset("csv", features=_types(path), **_CELLS, **options)
+
+
+def _types(path: Path) -> datasets.Features:
+    """The types that fit all rows of a csv: whole numbers, numbers, truth values or else texts."""
+    kinds: dict[str, set[str]] = {}
+    with pd.read_csv(path, chunksize=10_000, low_memory=False, **_CELLS) as parts:
+        for part in parts:
+            if not isinstance(part.index, pd.RangeIndex):  # more fields than the header has
+                part = part.reset_index(names=[f"__index_level_{i}__" for i in range(part.index.nlevels)])
+            for name, dtype in part.dtypes.items():
+                kinds.setdefault(str(name), set()).add(dtype.kind)
+    types = {"i": "int64", "f": "float64", "fi": "float64", "b": "bool"}
+    return datasets.Features(
+        {name: datasets.Value(types.get("".join(sorted(found)), "string")) for name, found in kinds.items()}
+    )

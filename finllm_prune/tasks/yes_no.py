@@ -60,7 +60,7 @@ class Prompt:
             f"{{{{ messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first }}}}"
             for role in ("query", "document")
         ]
-        before, between, after = (f"{{{{ {json.dumps(part)} }}}}" for part in parts)
+        before, between, after = (f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}" for part in parts)
         return before + said[0] + between + said[1] + after
 
 
