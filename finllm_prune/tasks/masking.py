@@ -85,12 +85,12 @@ class Masker:
 
     def __init__(self, names: Iterable[str], word: str):
         self.word = word
-        self.by_first: dict[str, list[list[str]]] = {}
+        self.by_first: dict[str, list[str]] = {}
         plain = {one_spelling(name) for name in names} - {""}
         for name in sorted(plain | {name.upper() for name in plain}, key=lambda name: (-len(name), name)):
             first = _TOKEN.match(name)
             assert first is not None
-            self.by_first.setdefault(first[0], []).append(name.split())
+            self.by_first.setdefault(first[0], []).append(name)
 
     def __call__(self, text: str, other: Callable[[str], str] | None = None) -> str:
         """The text without the names; ``other`` gives what is to stand in the place of each instead of the word."""
@@ -99,9 +99,9 @@ class Masker:
         for token in _TOKEN.finditer(straight):
             if token.start() < end:
                 continue
-            for words in self.by_first.get(token[0], ()):
-                if (after := _end(words, straight, token.start())) is not None:
-                    parts += [text[end : token.start()], self.word if other is None else other(" ".join(words))]
+            for name in self.by_first.get(token[0], ()):
+                if (after := _end(name, straight, token.start())) is not None:
+                    parts += [text[end : token.start()], self.word if other is None else other(name)]
                     end = after
                     break
         return "".join([*parts, text[end:]])
@@ -141,10 +141,10 @@ def _straight(text: str) -> str:
     return text.replace("\u2019", "'")
 
 
-def _end(words: Sequence[str], text: str, start: int) -> int | None:
+def _end(name: str, text: str, start: int) -> int | None:
     """Where the whole name that stands there ends, its last word not going on; None where it does not stand there."""
     end = start
-    for word in words:
+    for word in name.split():
         if end > start:
             if (space := _SPACE.match(text, end)) is None:
                 return None
@@ -152,7 +152,7 @@ def _end(words: Sequence[str], text: str, start: int) -> int | None:
         if not text.startswith(word, end):
             return None
         end += len(word)
-    goes_on = end < len(text) and re.match(r"\w", text[end]) and re.match(r"\w", words[-1][-1])
+    goes_on = end < len(text) and re.match(r"\w", text[end]) and re.match(r"\w", name[-1])
     return None if goes_on else end
 
 
