@@ -148,7 +148,7 @@ class Classification:
             unlabelled, facts["unlabelled"] = self._unlabelled(self.unlabelled, splits, masker)
         if self.scores is not None:
             facts["scores"] = {name: _summary(list(rows["label"])) for name, rows in splits.items()}
-        return Examples(splits, list(labels), source, facts, bad.left_out(), unlabelled)
+        return Examples(splits, labels, source, facts, bad.left_out(), unlabelled)
 
     def loss(self, examples: Examples) -> Loss | None:
         """That of scores or label sets; of classes one weighted or focal, where that is asked for."""
@@ -269,7 +269,7 @@ class Classification:
                 for row, text in zip(rows, made[name], strict=True):
                     if not text.strip():
                         bad.add(split, row, "no text", f"has no text in column '{column}'")
-            made["label"] = self._label_column.read(batch[self.label_column], labels)
+            made["label"] = self._label_column.read(batch[self.label_column], labels, raw.features[self.label_column])
             for row, value, label in zip(rows, batch[self.label_column], made["label"], strict=True):
                 if label is None:
                     bad.add(split, row, *self._label_column.fault(value, labels))

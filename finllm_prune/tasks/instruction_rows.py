@@ -40,7 +40,7 @@ class Completions(LabelColumn):
     def feature(self) -> Any:
         return datasets.Value("string")
 
-    def read(self, values: Sequence[Any], labels: Sequence[str]) -> list[Any]:
+    def read(self, values: Sequence[Any], labels: Sequence[str], feature: Any = None) -> list[Any]:
         return [value if isinstance(value, str) and value.strip() else None for value in values]
 
     def fault(self, value: Any, labels: Sequence[str]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from finllm_prune.errors import InputError
-from finllm_prune.tasks.label_sets import Coded, LabelSets, find_in
+from finllm_prune.tasks.label_sets import LabelSets, find_in
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.task import take
 
@@ -44,16 +44,21 @@ class LabelColumn:
             return datasets.List(datasets.Value("float32"))
         return datasets.Value("int64" if self.scores is None else "float64")
 
-    def read(self, values: Sequence[Any], labels: Sequence[str]) -> list[Any]:
-        """What is learned of these values: indices, numbers, or 0 and 1 for each label; None for others."""
+    def read(self, values: Sequence[Any], labels: Sequence[str], feature: Any = None) -> list[Any]:
+        """What is learned of these values: indices, numbers, or 0 and 1 for each label; None for others.
+
+        Args:
+            feature: the type of the column, of which a ClassLabel says what its numbers mean.
+        """
+        coded = _class_names(feature)
         if self.scores is not None:
             return list(self.scores.read(values))
         if self.label_sets is not None:
-            return list(self.label_sets.read(values, labels))
+            return list(self.label_sets.read(values, labels, coded))
         if (thresholds := self.thresholds) is not None:
             numbers = Scores().read(values)
             return [None if number is None else bisect.bisect_right(thresholds, number) for number in numbers]
-        return list(map(find_in(labels), values))
+        return list(map(find_in(labels, coded), values))
 
     def fault(self, value: Any, labels: Sequence[str]) -> tuple[str, str]:
         """What is wrong with a value of which nothing is learned: its kind, and a predicate."""
@@ -74,28 +79,21 @@ class LabelColumn:
         """
         if self.scores is not None:
             return [_SCORE]
-        labels = self._found(tables, source) if self.labels is None else self._given(tables, self.labels)
+        labels = self._found(tables, source) if self.labels is None else self.labels
         if len({name.strip() for name in labels}) < max(2, len(labels)):
             raise InputError(f"task.labels: at least two different class names are needed, not {labels}")
         return labels
-
-    def _given(self, tables: Mapping[str, datasets.Dataset], labels: list[str]) -> list[str]:
-        feature = next(iter(tables.values())).features.get(self.column)
-        feature = getattr(feature, "feature", feature)
-        return Coded(labels, feature.names) if isinstance(feature, datasets.ClassLabel) else labels
 
     def _found(self, tables: Mapping[str, datasets.Dataset], source: str) -> list[str]:
         columns = [
             take(rows, {"label_column": self.column}, f"{source}, split {name}")["label_column"]
             for name, rows in tables.items()
         ]
+        if (coded := _class_names(next(iter(tables.values())).features[self.column])) is not None:
+            return coded
         values = [value for column in columns for value in column if value is not None]
-        feature = next(iter(tables.values())).features[self.column]
         if self.label_sets is not None:
             values = [name for value in values for name in self.label_sets.split(value) or ()]
-            feature = getattr(feature, "feature", feature)
-        if isinstance(feature, datasets.ClassLabel):
-            return Coded(feature.names, feature.names)
         others = [value for value in values if not isinstance(value, str)]
         if any(isinstance(value, float | Decimal) and value % 1 for value in others):
             raise InputError(
@@ -145,3 +143,9 @@ class LabelColumn:
                 raise InputError(
                     f"task.{key}: this does not go with task.{kind}, where rows have {own}; remove one of the two"
                 )
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Those of a ClassLabel, or of lists of them."""
+    feature = getattr(feature, "feature", feature)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

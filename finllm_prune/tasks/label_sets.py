@@ -14,29 +14,21 @@ from finllm_prune.errors import InputError
 from finllm_prune.tasks.skew import class_weights
 
 
-class Coded(list[str]):
-    """The labels of a ClassLabel column, whose numbers are indices of its own names, be these numbers themselves or not.
-
-    Args:
-        names: those of the column. Where the labels are the same ones in another order, a number means the label of its name.
-    """
-
-    def __init__(self, labels: Sequence[str], names: Sequence[str]):
-        super().__init__(labels)
-        same = sorted(labels) == sorted(names)
-        self.codes: dict[Any, int] = {code: self.index(names[code]) if same else code for code in range(len(labels))}
-
-
-def find_in(labels: Sequence[str]) -> Callable[[Any], int | None]:
+def find_in(labels: Sequence[str], coded: Sequence[str] | None = None) -> Callable[[Any], int | None]:
     """What tells the index of a label: by its name, or by a number; None for what is neither.
 
     A number is the label that is called so. Only where no label is called by a number, numbers are indices.
+
+    Args:
+        coded: the names of a ClassLabel column, whose numbers are indices of these. Where the labels are the same ones in
+            another order, a number means the label of its name; where they are others, they are other names for the same.
     """
     names = {name.strip(): i for i, name in enumerate(labels)}
     truths = {word == "true": i for name, i in names.items() if (word := name.lower()) in ("true", "false")}
     numbers: dict[Any, int] = {number: i for name, i in names.items() if (number := _number(name)) is not None}
-    if isinstance(labels, Coded):
-        numbers = labels.codes
+    if coded is not None:
+        same = sorted(labels) == sorted(coded)
+        numbers = {code: list(labels).index(coded[code]) if same else code for code in range(len(labels))}
     elif not numbers:
         numbers = {i: i for i in range(len(labels))}
         # In a csv one cell that is no number makes texts of all of them.
@@ -90,9 +82,11 @@ class LabelSets:
             return [name.strip() for name in (value or "").split(self.separator) if name.strip()]
         return None
 
-    def read(self, values: Sequence[Any], labels: Sequence[str]) -> list[list[float] | None]:
+    def read(
+        self, values: Sequence[Any], labels: Sequence[str], coded: Sequence[str] | None = None
+    ) -> list[list[float] | None]:
         """1 for each label that a row has and 0 for the others; None where one of them is unknown, or there is no list."""
-        find = find_in(labels)
+        find = find_in(labels, coded)
         rows = []
         for value in values:
             names = self.split(value)
