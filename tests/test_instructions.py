@@ -78,20 +78,20 @@ def test_the_completion_alone_is_learned_behind_the_tokens_of_its_prompt(tmp_pat
 
 def test_trls_forms_and_a_template_ask_the_same(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "What of this?\nSales rose.\nAnswer:"}]
-    said = [{"role": "assistant", "content": "positive"}]
-    forms: dict[str, dict[str, Any]] = {
-        "texts": {"prompt": asked[0]["content"], "completion": "positive"},
-        "turns": {"prompt": asked, "completion": said},
-        "messages": {"messages": asked + said},
-        "template": {"text": "Sales rose.", "label": "positive"},
-    }
+    forms: dict[str, list[dict[str, Any]]] = {"texts": [], "turns": [], "messages": [], "template": []}
+    for label in ("positive", "negative"):
+        said = [{"role": "assistant", "content": label}]
+        forms["texts"].append({"prompt": asked[0]["content"], "completion": label})
+        forms["turns"].append({"prompt": asked, "completion": said})
+        forms["messages"].append({"messages": asked + said})
+        forms["template"].append({"text": "Sales rose.", "label": label})
     found = []
-    for name, row in forms.items():
+    for name, rows in forms.items():
         more = {"template": "What of this?\n{text}\nAnswer:", "labels": ["positive", "negative"]}
-        found.append(tokens(write(tmp_path / name, [row] * 2), **(more if name == "template" else {}))[:])
+        found.append(tokens(write(tmp_path / name, rows), **(more if name == "template" else {}))[:])
     assert found[0] == found[1] == found[2] == found[3]
     closed = tokens(tmp_path / "texts", "test", labels=["positive", "negative"])
-    assert closed["labels"][:] == [0, 0]
+    assert closed["labels"][:] == [0, 1]
     assert closed["input_ids"][0][0] == found[0]["input_ids"][0] != closed["input_ids"][0][1]
 
 
