@@ -70,18 +70,20 @@ class Listed(NamedTuple):
 
 def training_lists(
     judged: Mapping[str, Mapping[str, int]], pools: Mapping[str, Sequence[str]], texts: Mapping[str, str],
-    positives: int, negatives: int, seed: int = 42,
+    positives: int, negatives: int, draws: int = 1, seed: int = 42,
 ) -> list[Listed]:  # fmt: skip
     """The relevant passages of each query, at most ``positives`` in a list, with others of its pool drawn at random.
 
-    A query without others in its pool teaches no order and is left out.
+    Each list comes ``draws`` times with the same relevant passages and others that were not drawn before, until the pool is
+    through. A query without others in its pool teaches no order and is left out.
 
     Args:
         judged: query -> passage -> relevance; above 0 is relevant.
         pools: query -> passages of the first stage: what is not relevant there is hard to tell from what is.
         texts: passage -> its text; a copy of what is relevant is no other passage, whatever its id.
         positives, negatives: passages of a list; a small pool gives fewer negatives.
-        seed: of the draw.
+        draws: how many lists are made of the same relevant passages.
+        seed: of the draws.
     """
     generator = np.random.default_rng(seed)
     lists = []
@@ -90,7 +92,9 @@ def training_lists(
         told = {texts[passage] for passage in relevant}
         others = [p for p in pools.get(query, ()) if passages.get(p, 0) == 0 and texts[p] not in told]
         for begin in range(0, len(relevant) if others else 0, positives):
-            drawn = generator.permutation(len(others))[:negatives]
-            listed = relevant[begin : begin + positives] + [others[i] for i in drawn]
-            lists.append(Listed(query, listed, [passages.get(passage, 0) for passage in listed]))
+            order = generator.permutation(len(others))
+            for draw in range(draws):
+                drawn = np.roll(order, -draw * negatives)[:negatives]
+                listed = relevant[begin : begin + positives] + [others[i] for i in drawn]
+                lists.append(Listed(query, listed, [passages.get(passage, 0) for passage in listed]))
     return lists

@@ -52,6 +52,8 @@ class Reranking:
         margin: of ``pairwise``.
         positives: relevant passages in a list; a query with more of them has several lists.
         negatives: other passages in a list, drawn from the query's candidates.
+        draws: how many lists are made of the same relevant passages, each with negatives of its own: as many epochs over one
+            list repeat its negatives, and these do not.
         candidates: how many passages of the first stage are ranked, and negatives drawn from.
         bm25: the first stage, where the data brings no candidates.
         split: divide all judged queries anew, by a column of theirs or at random; None takes the splits of the data.
@@ -74,6 +76,7 @@ class Reranking:
     margin: float = 1.0
     positives: int = 1
     negatives: int = 7
+    draws: int = 1
     candidates: int = 100
     bm25: BM25 = field(default_factory=BM25)
     split: Split | None = None
@@ -96,6 +99,8 @@ class Reranking:
         for key in ("positives", "negatives", "candidates"):
             if getattr(self, key) < 1:
                 raise InputError(f"task.{key}: at least one passage is needed, not {getattr(self, key)}")
+        if self.draws < 1:
+            raise InputError(f"task.draws: at least one list is drawn for a relevant passage, not {self.draws}")
 
     @property
     def auto_class(self) -> OneOutput:
@@ -125,7 +130,9 @@ class Reranking:
         facts["first_stage"] = {"name": name, "candidates": self.candidates}
         facts["first_stage"] |= {split: first_stage(data.judged[split], pools[split]) for split in splits}
         if "train" in data.judged:
-            lists = training_lists(data.judged["train"], pools["train"], data.passages, self.positives, self.negatives)
+            lists = training_lists(
+                data.judged["train"], pools["train"], data.passages, self.positives, self.negatives, self.draws
+            )
             splits = {"train": list_rows(data, lists)} | splits
             if alone := len(data.judged["train"]) - len({each.query for each in lists}):
                 lost["train"] = lost.get("train", {}) | {"no candidate that is not relevant": alone}
