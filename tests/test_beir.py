@@ -193,3 +193,17 @@ def test_lists_hold_what_is_relevant_and_others_of_the_pool() -> None:
     for each in lists[:2]:
         assert set(each.passages) - {"p1", "p2", "p4"} <= {"p3", "p5", "p6"}
     assert lists == training_lists(judged, pools, texts, positives=2, negatives=2)
+
+
+def test_further_lists_of_a_passage_hold_negatives_of_their_own_until_the_pool_is_through() -> None:
+    pool = [f"p{i}" for i in range(8)]
+    texts = {passage: f"passage {passage}" for passage in pool}
+    lists = training_lists({"a": {"p0": 1}}, {"a": pool}, texts, positives=1, negatives=3, draws=4)
+    assert [each.passages[0] for each in lists] == ["p0"] * 4
+    drawn = [set(each.passages[1:]) for each in lists]
+    assert [len(each) for each in drawn] == [3] * 4  # a list holds no passage twice
+    assert not drawn[0] & drawn[1]
+    assert set.union(*drawn[:3]) == set(pool[1:])  # the third wraps around, seven being there
+    assert lists[:1] == training_lists({"a": {"p0": 1}}, {"a": pool}, texts, positives=1, negatives=3)
+    few = training_lists({"a": {"p0": 1}}, {"a": pool[:3]}, texts, positives=1, negatives=3, draws=2)
+    assert [set(each.passages) for each in few] == [set(pool[:3])] * 2

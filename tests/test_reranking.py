@@ -111,6 +111,7 @@ def test_training_rows_are_lists_and_the_others_pairs(task: Reranking, tokenizer
     assert batch["parts"].tolist() == [3, 3]
     assert batch["labels"].shape == (2, 3)
     assert "parts" not in task.collator(tokenizer)([test[0], test[1]])
+    assert len(Reranking(task.dataset, max_length=24, negatives=1, draws=3).load().splits["train"]) == 72
 
 
 def test_a_short_list_is_filled_up_and_teaches_as_it_is(task: Reranking, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -285,6 +286,7 @@ def test_a_set_for_evaluation_alone_says_so_to_a_run(task: Reranking) -> None:
     ("settings", "said"),
     [
         ({"negatives": 0}, r"task\.negatives: at least one passage"),
+        ({"draws": 0}, r"task\.draws: at least one list"),
         ({"max_length": 4}, r"task\.max_length: a query and a passage need"),
         ({"objective": "rank"}, r"task\.objective"),
         ({"bm25": {"b": 2}}, r"task\.bm25: k1 is not negative and b lies in 0\.\.1"),

@@ -52,8 +52,8 @@ class Reranking:
         margin: of ``pairwise``.
         positives: relevant passages in a list; a query with more of them has several lists.
         negatives: other passages in a list, drawn from the query's candidates.
-        draws: how many lists are made of the same relevant passages, each with negatives of its own: as many epochs over one
-            list repeat its negatives, and these do not.
+        draws: how many lists are made of the same relevant passages, each with negatives of its own. Epochs repeat negatives;
+            this does not.
         candidates: how many passages of the first stage are ranked, and negatives drawn from.
         bm25: the first stage, where the data brings no candidates.
         split: divide all judged queries anew, by a column of theirs or at random; None takes the splits of the data.
