@@ -20,7 +20,7 @@ from finllm_prune.tasks.masking import Mask
 from finllm_prune.tasks.reranking import Reranking
 from finllm_prune.tasks.splitting import Split
 from finllm_prune.training import Distillation, Teacher, with_teacher_logits
-from finllm_prune.training.logit_losses import margin_mse
+from finllm_prune.training.logit_losses import margin_mse, mse
 from tests.conftest import loud, tiny_model
 from tests.rankings import TOPICS, write_set
 
@@ -140,6 +140,16 @@ def test_margins_are_distilled_whatever_is_added_to_all_scores() -> None:
     assert margin_mse(student, teacher, relevance).item() == pytest.approx((1 + 4 + 4) / 3)
     shifted = teacher + torch.tensor([[7.0], [-3.0]])
     assert margin_mse(student, shifted, relevance).item() == pytest.approx((1 + 4 + 4) / 3)
+
+
+def test_squared_errors_are_of_the_passages_that_are_there() -> None:
+    student, teacher = (
+        torch.tensor([[1.0, 2.0, 0.0], [4.0, 4.0, 4.0]]),
+        torch.tensor([[0.0, 0.0, 9.0], [4.0, 5.0, 6.0]]),
+    )
+    there = torch.tensor([[1, 0, -100], [0, 1, 0]])
+    assert mse(student, teacher, there).item() == pytest.approx((1 + 4 + 0 + 1 + 4) / 5)
+    assert mse(student[1], teacher[1]).item() == pytest.approx(5 / 3)
 
 
 def test_a_teacher_of_one_output_teaches_margins_in_lists_and_values_elsewhere(
@@ -306,15 +316,18 @@ def recipe(folder: Path, model: Path, out: Path) -> dict[str, object]:
         "model": str(model), "task": {"name": "reranking", "dataset": str(folder), "max_length": 24, "negatives": 2},
         "pruning": {"rules": [{"target": "mlp", "structure": "neuron", "criterion": "taylor", "sparsity": 0.5}]},
         "training": {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "report_to": "none",
-                     "train_sampling_strategy": "group_by_length", "use_cpu": True, "disable_tqdm": True},
+                     "train_sampling_strategy": "group_by_length", "use_cpu": True, "disable_tqdm": True,
+                     "eval_strategy": "steps", "eval_steps": 3},
         "gates": {"ndcg_at_10_retention": 0.01}, "output": str(out),
     }  # fmt: skip
 
 
 @pytest.fixture
 def finished(tmp_path: Path, tiny_folder, call) -> Path:
-    model = tiny_folder(labels=ONE)
-    loud(AutoModelForSequenceClassification.from_pretrained(model)).save_pretrained(model)
+    model = tiny_folder()
+    classifier = loud(AutoModelForSequenceClassification.from_pretrained(model))
+    classifier.config.problem_type = "single_label_classification"  # as that of one that was fine-tuned before
+    classifier.save_pretrained(model)
     written = recipe(write_set(tmp_path / "set"), model, tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(json.dumps(written))
     assert call("run", tmp_path / "recipe.yaml") == 0

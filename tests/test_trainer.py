@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -20,6 +22,7 @@ from transformers import (
 
 from finllm_prune.errors import InputError
 from finllm_prune.families import find_family
+from finllm_prune.inference import logits_of
 from finllm_prune.pruning import (
     Block,
     Constant,
@@ -92,6 +95,24 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path: Path, ki
         assert whole.pruner is not None
         assert resumed.pruner.mask_hash() == whole.pruner.mask_hash()
         assert_same(weights(resumed.model), weights(whole.model))
+
+
+def test_rows_are_evaluated_in_their_order_whatever_the_batches_of_training(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = rows(40)
+    columns = {name: [row[: 3 + i % 7] for i, row in enumerate(data[name])] for name in ("input_ids", "attention_mask")}
+    data = datasets.Dataset.from_dict(columns | {"labels": data["labels"]})
+    run = trainer(
+        tmp_path, None, data=data, train_sampling_strategy="group_by_length",
+        parts={"data_collator": DataCollatorWithPadding(tokenizer)},
+    )  # fmt: skip
+    found = run.predict(data)
+    assert found.label_ids.tolist() == data["labels"][:]
+    torch.testing.assert_close(
+        torch.as_tensor(found.predictions), logits_of(run.model, data, DataCollatorWithPadding(tokenizer)),
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
 
 
 def test_a_checkpoint_in_mid_run_is_a_plain_model_with_exact_zeros(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class Reranking:
         return loss
 
     def head_config(self, labels: list[str]) -> dict[str, Any]:
-        return {"num_labels": 1, "id2label": {0: labels[0]}, "label2id": {labels[0]: 0}}
+        return {"num_labels": 1, "id2label": {0: labels[0]}, "label2id": {labels[0]: 0}, "problem_type": None}
 
     def judge(self, examples: Examples, split: str = "test") -> RankingJudge:
         assert isinstance(examples, RankingExamples)

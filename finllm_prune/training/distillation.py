@@ -209,7 +209,7 @@ class Teacher:
         if kind == "margin_mse" and is_list and labels is not None:
             return margin_mse(student, teacher, labels)
         if kind == "mse":
-            return mse(student, teacher)
+            return mse(student, teacher, labels if is_list else None)
         raise InputError(
             f"distillation.logits: {kind} compares {'classes' if kind == 'kl' else 'the passages of a query'}, and there are "
             "none; use auto"

@@ -22,9 +22,14 @@ def set_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature * temperature * (losses[0] - losses[1])
 
 
-def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean squared difference, whatever the shape: of one output the softmax is 1 and teaches nothing."""
-    return F.mse_loss(student.float(), teacher.float())
+def mse(student: Tensor, teacher: Tensor, relevance: Tensor | None = None) -> Tensor:
+    """The mean squared difference, whatever the shape: of one output the softmax is 1 and teaches nothing.
+
+    Args:
+        relevance: of the passages, where rows are lists of them; below 0 there is none, and nothing to compare.
+    """
+    squares = F.mse_loss(student.float(), teacher.float(), reduction="none")
+    return squares.mean() if relevance is None else squares[relevance >= 0].mean()
 
 
 def margin_mse(student: Tensor, teacher: Tensor, relevance: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -149,7 +149,8 @@ class PruningTrainer(Trainer):
         own = {key: value for key, value in inputs.items() if key not in _KEPT}
         options = {} if teacher is None else {"output_hidden_states": teacher.compares_layers}
         gather = gather_of(self.data_collator)
-        if PARTS in inputs:
+        if PARTS in inputs or self.task_loss is not None:
+            # Not asked for a loss of its own, which a base's problem_type may make of another kind.
             assert self.task_loss is not None, "no model has a loss of its own for rows of several sequences"
             loss, outputs = None, answer(model, own, gather, **options)
         else:
@@ -251,6 +252,10 @@ class PruningTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BucketSampler(lengths, batch_size, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        """Rows in their order, whatever ``train_sampling_strategy``: a judge knows its answers by it."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.pruner is not None and "loss" in logs:
