@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from finllm_prune.errors import InputError
 from finllm_prune.evaluation import compare, quality_rows
 from finllm_prune.hub.base_model import locate
 from finllm_prune.loading import class_names, load_config
-from finllm_prune.saved import Saved
+from finllm_prune.saved import Saved, task_of_texts
 from finllm_prune.tasks import Examples
-from finllm_prune.tasks.label_sets import find_in
+from finllm_prune.tasks.classification import Classification
+from finllm_prune.tasks.label_column import LabelColumn
 from finllm_prune.tasks.sentiment import Sentiment
 from finllm_prune.tasks.task import FORMATS, read_file
 
@@ -51,7 +52,7 @@ def inert(cell: str) -> str:
 
 
 def compare_on(
-    model: str, baseline: str, data: Path, text: str = "text", label: str = "label", max_length: int = 128
+    model: str, baseline: str, data: Path, text: str = "text", label: str = "label", max_length: int | None = None
 ) -> Compared:
     """Hold two classifiers of the same classes against each other on the rows of a file.
 
@@ -59,33 +60,55 @@ def compare_on(
         model, baseline: saved models or Hub ids, the pruned one and the dense one.
         data: a .csv, .jsonl or .parquet file.
         text, label: its columns; where there is no label column, only the models are compared.
+        max_length: tokens; None takes those of the pruned model's recipe, whose task reads the texts as in training. Where no
+            recipe lies beside it, a text is its first 128 tokens.
 
     Raises:
-        InputError: the file or a model cannot be read, a row has no text or an unknown label, or the classes are not the same.
+        InputError: the file or a model cannot be read, a row has no text or an unknown label, the classes are not the same, or
+            the models tell no classes.
     """
-    texts, given = _read(data, text, label)
-    labels = class_names(load_config(locate(baseline, "BASELINE", served=True)[0]))
-    references = None if given is None else _indices(given, labels, data)
-    rows_of = datasets.Dataset.from_dict({"text": texts, "label": references or [0] * len(texts)})
-    task, examples = Sentiment(max_length=max_length), Examples({"test": rows_of}, labels, data.name)
+    config = load_config(locate(baseline, "BASELINE", served=True)[0])
+    labels = class_names(config)
+    if len(labels) < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        raise InputError(
+            f"BASELINE: {baseline} tells scores, or several labels of a text, and classes are compared here; use `finllm-prune "
+            "evaluate MODEL --baseline DENSE --dataset FOLDER`"
+        )
+    rows = _read(data, text)
+    texts, task = list(rows[text]), _task(model, max_length)
+    references = _indices(rows, label, task, labels, data) if label in rows.column_names else None
+    rows_of = datasets.Dataset.from_dict({"text": task.prepared(texts), "label": references or [0] * len(texts)})
+    examples = Examples({"test": rows_of}, labels, data.name)
     logits = {name: Saved(name, task, examples).logits(rows_of) for name in (baseline, model)}
     dense, pruned = (logits[name].argmax(-1).numpy() for name in (baseline, model))
     differ = np.flatnonzero(dense != pruned)
     flipped = [(int(i) + 1, texts[i], labels[dense[i]], labels[pruned[i]]) for i in differ]
     kinds = {f"{was} → {now}": n for (was, now), n in Counter((f[2], f[3]) for f in flipped).most_common()}
     figures: dict[str, Any] = {"rows": len(texts), "agreement": float((dense == pruned).mean()), "flips": kinds}
-    rows: list[tuple[str, ...]] = [("rows", "", f"{len(texts):,}")]
+    table: list[tuple[str, ...]] = [("rows", "", f"{len(texts):,}")]
     if references is None:
-        rows.append(("same prediction (agreement)", "", f"{figures['agreement']:.1%}"))
+        table.append(("same prediction (agreement)", "", f"{figures['agreement']:.1%}"))
     else:
         quality = compare(task.judge(examples), logits[baseline], logits[model])
         figures = asdict(quality) | figures | {"right_or_wrong": quality.flips}
-        rows += quality_rows(quality)
-    rows += [(f"  {kind}", "", str(count)) for kind, count in kinds.items()]
-    return Compared(figures, rows, flipped)
+        table += quality_rows(quality)
+    table += [(f"  {kind}", "", str(count)) for kind, count in kinds.items()]
+    return Compared(figures, table, flipped)
 
 
-def _read(data: Path, text: str, label: str) -> tuple[list[str], list[Any] | None]:
+def _task(model: str, max_length: int | None) -> Classification:
+    """Reads texts as the pruned model's recipe did."""
+    own = task_of_texts(model)
+    if own is not None and own.mask is not None and own.mask.column is not None:
+        raise InputError(
+            f"{model}: in training the names of column '{own.mask.column}' were masked; use `finllm-prune evaluate MODEL "
+            "--baseline DENSE --dataset FOLDER` on a file with this column"
+        )
+    task = own or Sentiment()
+    return task if max_length is None else replace(task, max_length=max_length)
+
+
+def _read(data: Path, text: str) -> datasets.Dataset:
     if not data.is_file() or data.suffix not in FORMATS:
         raise InputError(f"--data: {data} is no {', '.join(FORMATS)} file; name one that is there")
     rows = read_file(data, "test")
@@ -96,16 +119,17 @@ def _read(data: Path, text: str, label: str) -> tuple[list[str], list[Any] | Non
     if bad or not texts:
         where = f"row {bad[0]} has" if bad else "it has"
         raise InputError(f"--data: {data}: {where} no text in column '{text}'; mend it")
-    return texts, list(rows[label]) if label in rows.column_names else None
+    return rows
 
 
-def _indices(given: list[Any], labels: list[str], data: Path) -> list[int]:
-    find, found = find_in(labels), []
-    for row, value in enumerate(given, 1):
-        if (index := find(value)) is None:
+def _indices(rows: datasets.Dataset, label: str, task: Classification, labels: list[str], data: Path) -> list[int]:
+    numbers = getattr(rows.features[label], "dtype", "").startswith("float")  # which are no indices of classes
+    column = LabelColumn(label, labels, task.thresholds if numbers else None, None, None)
+    found = column.read(rows[label], labels, rows.features[label])
+    for row, (value, index) in enumerate(zip(rows[label], found, strict=True), 1):
+        if index is None:
             raise InputError(
                 f"--data: {data}: row {row} has the label {value!r}, and the models know {', '.join(labels)}; mend it, or name "
                 "a column that is not there by --label to compare without labels"
             )
-        found.append(index)
     return found

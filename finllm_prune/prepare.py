@@ -44,6 +44,7 @@ from finllm_prune.pruning import (
 )
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, read_texts
+from finllm_prune.tasks.yes_no import asks_pairs, question
 from finllm_prune.training import Lora, adapt, refuse_no_chain, refuse_no_room, sentence_transformers, smoothed
 from finllm_prune.training.trainer import asks_for_fsdp, refuse_unsupported
 from finllm_prune.vocabulary import Change, Trim, Trimmed, held_out, trim
@@ -301,6 +302,7 @@ def _trim(
     used += examples.unlabelled["text"] if examples.unlabelled is not None else []
     if asked.extra is not None:
         used += read_texts(asked.extra, "vocabulary.extra")
+    used += [question(tokenizer, "", "")] * asked.min_count if asks_pairs(tokenizer) else []
     trimmed = trim(model, tokenizer, used, asked.min_count)
     change = held_out(tokenizer, trimmed, texts["validation"] + texts["test"])
     logger.info("Vocabulary: %d of %d tokens stay; %s.", len(trimmed.old), trimmed.whole, change)

@@ -109,20 +109,20 @@ def evaluate_saved(
 def ask(model: str, texts: Sequence[str], names: Sequence[str] | None = None) -> Tensor:
     """The logits (texts, outputs) of an exported model, each text prepared and read as in the training of its recipe.
 
-    Cleaned, masked, cut or read in windows: what a ``pipeline`` does not know of. Pairs of texts are not covered.
+    Cleaned, masked, cut or read in windows: what a ``pipeline`` does not know of. Pairs of texts are refused.
 
     Args:
         names: of the companies that the texts are about, where training masked those of a column; they are masked in all texts,
             beside those of the recipe's list.
 
     Raises:
-        InputError: no recipe of a classification lies beside the model, or it masked a column of names and none are given.
+        InputError: no recipe of a classification of single texts lies beside the model, or it masked a column of names and none
+            are given.
     """
     location, _ = locate(model, served=True)
-    recipe = _beside(location)
-    if recipe is None or not isinstance(recipe.task, Classification) or recipe.task.pipeline_tag == "text-generation":
+    task = task_of_texts(model)
+    if task is None:
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
-    task = recipe.task
     if names is None and task.mask is not None and task.mask.column is not None:
         raise InputError(
             f"{model}: in training the names of column '{task.mask.column}' were masked; give those of these texts as names, "
@@ -130,6 +130,25 @@ def ask(model: str, texts: Sequence[str], names: Sequence[str] | None = None) ->
         )
     rows = datasets.Dataset.from_dict({"text": task.prepared(texts, names or ()), "label": [0] * len(texts)})
     return Saved(model, task, Examples({}, class_names(load_config(location)), model)).logits(rows)
+
+
+def task_of_texts(model: str) -> Classification | None:
+    """The classification whose recipe a run left beside a model, for texts of one's own; None where there is none.
+
+    Raises:
+        InputError: it is one of text pairs.
+    """
+    recipe = _beside(locate(model, served=True)[0])
+    if recipe is None or not isinstance(recipe.task, Classification) or recipe.task.pipeline_tag == "text-generation":
+        return None
+    if recipe.task.pair_column is not None:
+        raise InputError(
+            f"{model}: it reads each text with its '{recipe.task.pair_column}', and single texts are asked here; give both to "
+            "a pipeline as text and text_pair, or a file of both to `finllm-prune evaluate --dataset`"
+        )
+    served = to_serve(recipe.task)
+    assert isinstance(served, Classification)
+    return served
 
 
 def _of_one(metric: dict[str, Any]) -> dict[str, Any]:

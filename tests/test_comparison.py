@@ -2,15 +2,18 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from finllm_prune.checkpoints import find_format
 from finllm_prune.comparison import compare_on
 from finllm_prune.errors import InputError
+from finllm_prune.saved import ask
 from tests import small
 from tests.conftest import LABELS, Call, loud, tiny_model
 
@@ -98,3 +101,64 @@ def test_what_cannot_be_compared_is_told(
 def test_a_file_that_is_not_there(models: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--data: .* is no \.parquet, "):
         compare_on(str(models[1]), str(models[0]), tmp_path / "absent.csv")
+
+
+def test_numbers_of_a_coded_column_are_the_classes_of_its_own_order(models: tuple[Path, Path], tmp_path: Path) -> None:
+    said = small.rows("train")
+    names = ["positive", "negative", "neutral"]
+    rows = datasets.Dataset.from_list([{"text": row["text"], "label": names.index(row["label"])} for row in said])
+    rows.cast_column("label", datasets.ClassLabel(names=names)).to_parquet(tmp_path / "coded.parquet")
+    named = write(tmp_path / "named.csv", [["text", "label"], *([row["text"], row["label"]] for row in said)])
+    coded, by_name = (
+        compare_on(str(models[1]), str(models[0]), file).figures for file in (tmp_path / "coded.parquet", named)
+    )
+    assert coded["metrics"] == by_name["metrics"]
+
+
+def test_scores_and_sets_of_labels_are_no_classes(models: tuple[Path, Path], tmp_path: Path) -> None:
+    data = write(tmp_path / "mine.csv", [["text"], ["Up."]])
+    for labels, kind in ((["score"], "regression"), (LABELS, "multi_label_classification")):
+        model = tiny_model(labels=labels)
+        model.config.problem_type = kind
+        model.save_pretrained(tmp_path / kind)
+        AutoTokenizer.from_pretrained(models[0]).save_pretrained(tmp_path / kind)
+        with pytest.raises(InputError, match=r"^BASELINE: .* tells scores, or several labels of a text"):
+            compare_on(str(tmp_path / kind), str(tmp_path / kind), data)
+
+
+def test_texts_are_read_as_the_recipe_beside_the_model_did(models: tuple[Path, Path], tmp_path: Path) -> None:
+    texts = [f"<p>{text}</p> " * 6 for text in TEXTS]
+    data = write(tmp_path / "mine.csv", [["text"], *([text] for text in texts)])
+    plain = compare_on(str(models[1]), str(models[0]), data).flipped
+    task = {"name": "filings", "strategy": "head_tail", "max_length": 10, "clean": True}
+    written = {
+        "model": str(models[0]),
+        "task": task,
+        "pruning": {"rules": [{"target": "mlp", "sparsity": 0.5}]},
+        "output": "out",
+        "export": ["masked"],
+    }
+    for folder in models:
+        shutil.copytree(folder, tmp_path / folder.name)
+        (tmp_path / folder.name / "recipe.yaml").write_text(json.dumps(written))
+    dense, pruned = (str(tmp_path / folder.name) for folder in models)
+    compared = compare_on(pruned, dense, data)
+    said = {}
+    for name in (dense, pruned):
+        config = AutoConfig.from_pretrained(name)
+        said[name] = [config.id2label[int(i)] for i in ask(name, texts).argmax(-1)]
+    flips = [(i, texts[i - 1], *both) for i, both in enumerate(zip(said[dense], said[pruned], strict=True), 1)]
+    assert compared.flipped == [flip for flip in flips if flip[2] != flip[3]]
+    assert compared.flipped != plain
+    for change, words in (
+        ({"pair_column": "aspect"}, "it reads each text with its 'aspect', and single texts are asked here"),
+        ({"mask": {"column": "company"}}, "the names of column 'company' were masked; use `finllm-prune evaluate"),
+    ):
+        (Path(pruned) / "recipe.yaml").write_text(json.dumps(written | {"task": {"name": "sentiment"} | change}))
+        with pytest.raises(InputError, match=words):
+            compare_on(pruned, dense, data)
+    (Path(pruned) / "recipe.yaml").write_text(
+        json.dumps(written | {"task": {"name": "sentiment", "pair_column": "aspect"}})
+    )
+    with pytest.raises(InputError, match="single texts are asked here"):
+        ask(pruned, texts)

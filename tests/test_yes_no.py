@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from finllm_prune.errors import InputError
+from finllm_prune.prepare import read
+from finllm_prune.recipe import Recipe
 from finllm_prune.tasks.reranking import Reranking
 from finllm_prune.tasks.yes_no import Prompt, from_causal
 from tests.conftest import loud
@@ -147,6 +149,28 @@ def test_cross_encoder_asks_and_scores_as_we_do(saved: Path, tmp_path: Path) -> 
         own = torch.cat([model(torch.tensor([ids])).logits[0] for ids in asked(task, tokenizer, passages)])
     theirs = cross_encoder(str(tmp_path / "reranker"), device="cpu").predict([(QUERY, passage) for passage in passages])
     torch.testing.assert_close(torch.tensor(theirs), own.sigmoid(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_smaller_vocabulary_keeps_the_tokens_of_the_question(saved: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+model: {saved}
+task: {{name: reranking, dataset: {write_set(tmp_path / "set")}, max_length: 400, negatives: 2, candidates: 4}}
+vocabulary: {{min_count: 2}}
+dense: {{checkpoint: {saved}}}
+pruning: {{rules: [{{target: mlp, structure: neuron, sparsity: 0.5}}]}}
+training: {{max_steps: 1, per_device_train_batch_size: 4, report_to: none, use_cpu: true}}
+output: {tmp_path / "out"}
+""")
+    ready = read(Recipe.load(recipe))
+    trimmed, whole = ready.tokenizer, PreTrainedTokenizerFast.from_pretrained(saved)
+    task = ready.recipe.task
+    task.fit_tokenizer(whole, AutoConfig.from_pretrained(saved))
+    passages = ["the lease is tested once a year"]
+    told = [each.convert_ids_to_tokens(asked(task, each, passages)[0]) for each in (trimmed, whole)]
+    frame = len(asked(task, whole, [""])[0]) // 2
+    assert len(trimmed) < len(whole)
+    assert told[0][:frame] == told[1][:frame]
 
 
 @pytest.mark.slow

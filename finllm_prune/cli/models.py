@@ -118,7 +118,10 @@ def pull_and_compare(
     data: Annotated[Path, typer.Option(help="Your own .csv (or .jsonl, .parquet), with or without labels.")],
     text: Annotated[str, typer.Option(help="The column of the text.")] = "text",
     label: Annotated[str, typer.Option(help="The column of the label, where there is one.")] = "label",
-    max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens; longer texts are cut. By default those of the recipe beside MODEL, or 128."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     flips: Annotated[Path | None, typer.Option(help="Write the rows with another prediction here, as .csv.")] = None,
 ) -> None:

@@ -70,6 +70,12 @@ def asks_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     return isinstance(template, str) and "query" in template and "document" in template
 
 
+def question(tokenizer: PreTrainedTokenizerBase, query: str, passage: str) -> str:
+    """A query and a passage in the words of the tokenizer's chat template."""
+    turns = [{"role": "query", "content": query}, {"role": "document", "content": passage}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
 def asked(tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list[str], limit: int) -> list[list[int]]:
     """The token ids of each question; where one is too long the passage loses its end, and what follows it stays.
 
@@ -78,9 +84,7 @@ def asked(tokenizer: PreTrainedTokenizerBase, queries: list[str], passages: list
     """
 
     def whole(pairs: list[tuple[str, str]]) -> list[list[int]]:
-        texts = tokenizer.apply_chat_template(
-            [[{"role": "query", "content": q}, {"role": "document", "content": p}] for q, p in pairs], tokenize=False
-        )
+        texts = [question(tokenizer, query, passage) for query, passage in pairs]
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
