@@ -1,5 +1,6 @@
 """Models, configs and tokenizers from folders; what is damaged or missing is one sentence with the recipe's key."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.families import is_causal
 from finllm_prune.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,6 +87,15 @@ def refuse_no_padding(location: str, model: PreTrainedModel, tokenizer: PreTrain
         )
 
 
+def tell_limit(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer that reads less than was asked for, as that of an earlier run with shorter texts, is told."""
+    if (max_length := getattr(task, "max_length", 0)) > tokenizer.model_max_length:
+        logger.warning(
+            "task.max_length: the model's tokenizer reads %d tokens at most, and %d were asked for; texts are cut there. Raise "
+            "model_max_length in its tokenizer_config.json if the model reads more.", tokenizer.model_max_length, max_length,
+        )  # fmt: skip
+
+
 def refuse_too_long(model: PreTrainedModel, splits: Iterable[datasets.Dataset]) -> None:
     """Raise InputError where a tokenized row is longer than the positions that the model has learned."""
     learned = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
@@ -124,7 +136,11 @@ def label_order(config: PreTrainedConfig, labels: list[str], must_match: str | N
     if must_match is not None:
         raise OtherLabels(
             f"{must_match} predicts {', '.join(own)}, but the data has {', '.join(labels)}; "
-            "name a model that was fine-tuned on these labels"
+            + (
+                "list the model's classes in task.labels"
+                if set(by_name) < set(own)
+                else "name a model that was fine-tuned on these labels"
+            )
         )
     return labels
 

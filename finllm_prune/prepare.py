@@ -31,6 +31,7 @@ from finllm_prune.loading import (
     load_tokenizer,
     refuse_no_padding,
     refuse_too_long,
+    tell_limit,
 )
 from finllm_prune.pruning import (
     Calibrated,
@@ -143,6 +144,7 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)
     tokenizer = load_tokenizer(location)
+    tell_limit(recipe.task, tokenizer)
     recipe.task.fit_tokenizer(tokenizer, config)
     refuse_no_padding(location, model, tokenizer)
     vocabulary = None if recipe.vocabulary is None else _trim(recipe.vocabulary, model, tokenizer, examples)

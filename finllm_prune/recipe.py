@@ -17,6 +17,7 @@ from finllm_prune.checkpoints import find_engine, find_format
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Target, check_gates
 from finllm_prune.evaluation.evidence import Questions
+from finllm_prune.evaluation.non_inferiority import refuse_wide
 from finllm_prune.evaluation.perturbations import PERTURBATIONS, changes
 from finllm_prune.hub.governance import Governance
 from finllm_prune.hub.push import Hub
@@ -185,9 +186,12 @@ def parse(data: dict[str, Any]) -> Recipe:
     evidence = _evidence(data.get("evidence", {}), find_task(task["name"]))
     dense = build(Dense, data.get("dense") or {}, "dense")
     training = _training(data.get("training") or {}, "training")
+    read = _task(task, [] if evidence is None else evidence.columns())
+    if evidence is not None:
+        refuse_wide(evidence.margin, read, "evidence.margin")
     recipe = Recipe(
         model=build(Model, model, "model"),
-        task=_task(task, [] if evidence is None else evidence.columns()),
+        task=read,
         pruning=_pruning(data["pruning"]),
         output=Path(typed(str, data["output"], "output")),
         dense=dataclasses.replace(dense, training=_training(dense.training, "dense.training")),

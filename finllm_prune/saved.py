@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 from torch import Tensor
-from transformers import AutoModel, TrainingArguments
+from transformers import AutoModel, PreTrainedModel, TrainingArguments
 
 from finllm_prune.checkpoints import is_served, serve
 from finllm_prune.checkpoints.manifest import refuse_changed, sha256
@@ -17,7 +17,15 @@ from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import compare, first_stage_rows, layer_table, quality_rows, with_interval
 from finllm_prune.hub.base_model import locate
 from finllm_prune.inference import logits_of
-from finllm_prune.loading import class_names, label_order, load_config, load_model, load_tokenizer
+from finllm_prune.loading import (
+    class_names,
+    label_order,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_too_long,
+    tell_limit,
+)
 from finllm_prune.recipe import Recipe
 from finllm_prune.tasks import Examples, Task, find_task
 from finllm_prune.tasks.classification import Classification, to_serve
@@ -46,6 +54,7 @@ class Saved:
         self.config = load_config(self.location)
         self.labels = label_order(self.config, examples.labels, must_match=name)
         self.tokenizer = load_tokenizer(self.location)
+        tell_limit(task, self.tokenizer)
         task.fit_tokenizer(self.tokenizer, self.config)
 
     @cached_property
@@ -56,6 +65,8 @@ class Saved:
     def logits(self, rows: datasets.Dataset) -> Tensor:
         """Shape (rows, labels), the labels in the order of the data."""
         tokens = self.task.tokenize(rows, self.tokenizer)
+        if isinstance(self.model, PreTrainedModel):
+            refuse_too_long(self.model, [tokens])
         own = logits_of(self.model, tokens, self.task.collator(self.tokenizer))
         # What one output means, or a language model said, has no order.
         same = len(self.labels) == 1

@@ -207,3 +207,19 @@ def test_further_lists_of_a_passage_hold_negatives_of_their_own_until_the_pool_i
     assert lists[:1] == training_lists({"a": {"p0": 1}}, {"a": pool}, texts, positives=1, negatives=3)
     few = training_lists({"a": {"p0": 1}}, {"a": pool[:3]}, texts, positives=1, negatives=3, draws=2)
     assert [set(each.passages) for each in few] == [set(pool[:3])] * 2
+
+
+def test_half_a_sign_is_a_bad_row_and_a_damaged_file_one_sentence(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "half", "text": "what is said of the swap \\ud83d"}\n')
+    with pytest.raises(InputError, match=r"queries\.jsonl, line 37, holds half of a sign"):
+        read_beir(str(folder), tmp_path, "refuse")
+    assert "half" not in read_beir(str(folder), tmp_path, "skip").queries
+    raw = bytearray(gzip.compress((folder / "corpus.jsonl").read_bytes()))
+    raw[40] ^= 255
+    raw[60] ^= 255
+    (folder / "corpus.jsonl.gz").write_bytes(raw)
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(InputError, match=r"corpus\.jsonl\.gz cannot be read .*; bring it anew"):
+        read_beir(str(folder), tmp_path, "skip")

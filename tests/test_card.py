@@ -218,3 +218,14 @@ def test_the_code_of_a_card_runs_in_a_fresh_process(finished: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert any(f"'label': '{label}'" in done.stdout for label in LABELS), done.stdout
+
+
+def test_a_card_tells_what_a_model_learned_from(finished: Path, tmp_path: Path) -> None:
+    figures = figures_of(finished)
+    assert "distillation from dense: alpha 0.9, kl at temperature 2.0 of logits" in (finished / "README.md").read_text()
+    figures["recipe"]["distillation"] |= {"teacher": "/home/me/outputs/fiqa/dense", "logits": "mse"}
+    figures["recipe"]["cosines"] = {"encoder": "/home/me/minilm", "alpha": 0.7, "scale": 10.0}
+    card = write_card(figures, tmp_path, [])[0].read_text()
+    assert "distillation from fiqa/dense: alpha 0.9, mse of logits" in card
+    assert "cosines of me/minilm, taught to the dense model and the pruned one: alpha 0.7" in card
+    assert "/home" not in card

@@ -238,6 +238,8 @@ def test_a_json_file_in_a_folder_that_does_not_exist_is_told_before_the_evaluati
 ) -> None:
     assert call("evaluate", finished / "masked", "--json", tmp_path / "none" / "figures.json") == 2
     assert "make it first" in capsys.readouterr().err
+    assert call("evaluate", finished / "masked", "--json", tmp_path) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
 
 
 def test_verify_proves_what_a_run_wrote(call: Call, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

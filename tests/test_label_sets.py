@@ -234,3 +234,11 @@ def test_top3_accuracy_looks_at_the_order_of_many_classes() -> None:
 def test_the_embedded_passages_have_enough_items_for_it() -> None:
     examples = Filings().load()
     assert Filings().judge(examples).metrics == ("accuracy", "macro_f1", "micro_f1", "top3_accuracy")
+
+
+def test_codes_that_are_all_single_are_numbers_in_a_csv() -> None:
+    assert LabelSets(separator=";").read([1, 2, "1;2"], ["1", "2", "3"]) == [
+        [1.0, 0.0, 0.0],
+        [0.0, 1.0, 0.0],
+        [1.0, 1.0, 0.0],
+    ]

@@ -139,3 +139,8 @@ def test_a_mask_without_names_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(InputError, match=r"^task\.mask\.names: .* holds no name"):
         Mask(names=str(tmp_path / "empty.txt")).listed()
+
+
+def test_a_file_of_names_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\ufeffAcme\nGlobex\n", encoding="utf-8")
+    assert Mask(names=str(tmp_path / "names.txt")).masker([])("Acme and Globex rose") == "COMPANY and COMPANY rose"

@@ -6,7 +6,10 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from finllm_prune.errors import InputError
-from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, holm, not_worse
+from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, holm, not_worse, refuse_wide
+from finllm_prune.tasks.reranking import Reranking
+from finllm_prune.tasks.scores import Scores
+from finllm_prune.tasks.sentiment import Sentiment
 
 POINT = NonInferiority(margin=0.01)
 
@@ -97,7 +100,26 @@ def test_holm_is_that_of_statsmodels() -> None:
     assert holm([]) == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("margin", 0.0), ("margin", 1.0), ("alpha", 0.0), ("alpha", 0.7)])
+@pytest.mark.parametrize(("key", "value"), [("margin", 0.0), ("margin", float("inf")), ("alpha", 0.0), ("alpha", 0.7)])
 def test_nonsense_is_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(InputError, match=rf"non_inferiority\.{key}: "):
         NonInferiority(**{key: value})
+
+
+def test_errors_are_judged_alike_in_any_unit() -> None:
+    random = np.random.default_rng(0)
+    dense = -(random.normal(0, 0.3, 400) ** 2)
+    pruned = dense + random.normal(0, 0.1, 400)
+    found = [not_worse(k * dense, k * pruned, NonInferiority(0.02 * k), bounded=False) for k in (1, 0.01, 2500)]
+    shifted = stats.ttest_1samp(pruned - dense + 0.02, 0, alternative="greater").pvalue
+    assert [each.p for each in found] == pytest.approx([shifted] * 3)
+    assert found[0].units_needed == found[1].units_needed == found[2].units_needed < 500
+    same = not_worse(dense, dense, NonInferiority(0.005), bounded=False)
+    assert (same.p < 1e-9, same.units_needed) == (True, 1)
+
+
+def test_only_squared_errors_may_have_a_margin_above_one() -> None:
+    refuse_wide(50, Sentiment(scores=Scores()), "sets.0.margin")
+    for task in (Sentiment(), Reranking()):
+        with pytest.raises(InputError, match=r"^sets\.0\.margin: it lies between 0 and 1"):
+            refuse_wide(1, task, "sets.0.margin")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.perturbations import PERTURBATIONS, Companies, Negations, Numbers
-from finllm_prune.evaluation.slices import of_values, slices
+from finllm_prune.evaluation.slices import by_negation, of_values, slices
 from finllm_prune.tasks import KEPT
 
 
@@ -81,6 +81,8 @@ def test_what_is_compared_with_a_number_that_cannot_be_read_stays() -> None:
         ("Profit was up and sales were down.", "Profit was not up and sales were down."),
         ("It will not pay, but it can grow.", "It will not pay, but it can not grow."),
         ("Profit rose.", "It is not true that Profit rose."),
+        ("We can't meet, so it will wait.", "We can't meet, so it will not wait."),
+        ("It could n't pay.", "It is not true that It could n't pay."),
     ],
 )
 def test_one_negation_is_put_in(text: str, negated: str) -> None:
@@ -197,3 +199,12 @@ def test_numbers_with_missing_cells_are_thirds_too_and_none_is_lost(missing: flo
     }  # fmt: skip
     assert found["missing"].tolist() == [0, 29]
     assert days[found["up to 20240110"][0]] == 20240101
+
+
+def test_a_value_that_is_called_missing_is_none_that_is_missing() -> None:
+    found = of_values(["missing", "a", None, "missing"])
+    assert {name: part.tolist() for name, part in found.items()} == {"missing": [0, 3], "a": [1], "(missing)": [2]}
+
+
+def test_an_apostrophe_may_be_typographic() -> None:
+    assert list(by_negation(["We don\u2019t pay.", "We pay."])) == ["with", "without"]

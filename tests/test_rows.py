@@ -1,5 +1,6 @@
 """Bad rows: named by file and line, counted, refused or left out by choice."""
 
+import codecs
 import csv
 import json
 import logging
@@ -211,3 +212,19 @@ def test_empty_cells_of_a_csv_are_missing_and_one_na_leaves_numbers_indices(tmp_
         InputError, match=r"test\.csv, line 2, has the unknown label 'NA'; known are negative, neutral, pos"
     ):
         Sentiment(dataset=str(tmp_path), labels=LABELS).load()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, kind: str) -> None:
+    rows = ["Profit rose.,positive", "Profit fell.,negative", "Sales were flat.,neutral"]
+    lines = ['"text","label"', *rows]
+    if kind == "jsonl":
+        lines = [json.dumps(dict(zip(("text", "label"), row.split(","), strict=True))) for row in rows]
+    folder = small.write_folder(tmp_path / "data")
+    (folder / "train.jsonl").unlink()
+    bad = b"caf\xe9,neutral\n" if kind == "csv" else b"{\n"
+    content = codecs.BOM_UTF8 + "\n".join([*lines, ""]).encode()
+    for ending, choice in ((b"", "refuse"), (bad, "skip")):
+        (folder / f"train.{kind}").write_bytes(content + ending)
+        examples = Sentiment(dataset=str(folder), bad_rows=choice).load()
+        assert list(examples.splits["train"]["text"]) == [row.split(",")[0] for row in rows]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation.non_inferiority import holm
@@ -253,7 +254,11 @@ def test_answers_that_are_kept_are_not_asked_for_again(
         ("sets.0.perturbations", ["typos"], "sets.0.perturbations.0: unknown name 'typos'"),
         ("sets.0.published", [{"model": "x"}], "sets.0.published.0.metric: field required"),
         ("sets.1.name", "first", "two of them are called 'first'"),
-        ("sets.1.margin", -1, "sets.1.margin: it lies between"),
+        ("sets.1.margin", -1, "sets.1.margin: it is above 0"),
+        ("sets.1.margin", 50, "sets.1.margin: it lies between 0 and 1"),
+        ("resamples", 10.5, "resamples: "),
+        ("speed", {"rounds": 0}, "speed.rounds: at least one is needed, not 0"),
+        ("speed", {"batch": 0}, "speed.batch: at least one is needed, not 0"),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_one_sentence(
@@ -301,3 +306,36 @@ def test_every_suite_of_the_repo_can_be_read() -> None:
     assert {path.stem for path in files} >= {"quickstart", "finance"}
     for path in files:
         assert Suite.load(path).sets
+
+
+def test_what_cannot_be_measured_is_told_before_anything_is(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finllm_prune.suite.measuring.Saved.logits", None)
+    models, names = (
+        (str(home / "pruned"), str(home / "dense")),
+        {"name": "companies", "names": str(tmp_path / "none.txt")},
+    )
+    data = asked(home, speed=False)
+    data["sets"][1]["perturbations"] = [names]
+    with pytest.raises(InputError, match=r"^sets\.1 \(second\): companies\.names: .* is no readable UTF-8 file"):
+        evaluate_suite(parse(data), *models)
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(InputError, match=r"^--keep: .* is a file; name a folder"):
+        evaluate_suite(parse(asked(home, speed=False)), *models, keep=tmp_path / "kept")
+
+
+def test_a_collapsed_model_is_told_in_the_terminal(
+    home: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "dense", tmp_path / "same")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    model.save_pretrained(tmp_path / "same")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(asked(home, speed=False)))
+    assert call("evaluate", tmp_path / "same", "--baseline", home / "dense", "--suite", tmp_path / "mine.yaml") in (
+        0,
+        3,
+    )
+    assert "first: the pruned model gives every text the same answer" in capsys.readouterr().out.replace("\n", " ")

@@ -73,11 +73,12 @@ def evaluate(
         raise InputError("KEY=VALUE, --html, --keep and --show-texts go with --suite; add it or remove them")
 
     from finllm_prune.saved import evaluate_saved
+    from finllm_prune.staging import save_text
 
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
     print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+        save_text(json.dumps(figures, indent=2) + "\n", json_file)
 
 
 def _evaluate_suite(
@@ -97,13 +98,17 @@ def _evaluate_suite(
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    for file, text in ((json_file, f"{json.dumps(report.to_dict(), indent=2)}\n"), (html_file, page(report))):
+    written = ((json_file, lambda: f"{json.dumps(report.to_dict(), indent=2)}\n"), (html_file, lambda: page(report)))
+    for file, text in written:  # a page that cannot be made leaves the figures
         if file is not None:
-            save_text(text, file)
+            save_text(text(), file)
             console.print(f"Written: {file}", soft_wrap=True, highlight=False)
     for name, reason in report.left_out.items():
         console.print(escape(f"{name} was left out: {reason}."), soft_wrap=True, highlight=False)
     console.print(f"[bold]{escape(report.headline())}.", soft_wrap=True, highlight=False)
+    for each in report.sets:
+        if each.quality.collapsed:
+            console.print(f"[bold red]{escape(each.name)}: the pruned model {each.quality.collapse}.", soft_wrap=True)
     if not report.passed():
         failed = [f"{row['gate']} on {row['set']}" for row in report.gate_rows() if not row["passed"]]
         console.print(
@@ -133,13 +138,14 @@ def pull_and_compare(
     Exit codes: 0 done, 2 bad input.
     """
     from finllm_prune.comparison import compare_on
+    from finllm_prune.staging import save_text
 
-    for file in (json_file, flips):
-        refuse_no_folder(file)
+    refuse_no_folder(json_file)
+    refuse_no_folder(flips, "--flips")
     compared = compare_on(model, baseline, data, text, label, max_length)
     print_rows(compared.rows, f"{model} against {baseline} on {data.name}")
     if json_file is not None:
-        json_file.write_text(json.dumps(compared.figures, indent=2) + "\n")
+        save_text(json.dumps(compared.figures, indent=2) + "\n", json_file)
     if flips is not None:
         compared.write_flips(flips)
 

@@ -1,5 +1,6 @@
 """What commands share: the screen, the exit codes, a table of figures."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,10 @@ def refuse_no_folder(file: Path | None, option: str = "--json") -> None:
     """A file that cannot be written is told before anything is measured."""
     if file is not None and not file.parent.is_dir():
         raise InputError(f"{option}: there is no folder {file.parent}; make it first, or name another file")
+    if file is not None and file.is_dir():
+        raise InputError(f"{option}: {file} is a folder; name a file in it")
+    if file is not None and not os.access(file.parent, os.W_OK):
+        raise InputError(f"{option}: the folder {file.parent} cannot be written into; name another file")
 
 
 def print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:

@@ -12,6 +12,7 @@ from scipy import stats
 from finllm_prune.errors import InputError
 
 Verdict = Literal["not worse", "worse", "not shown"]
+_TINY = 1e-12  # of a margin's square: where two models err alike there is no variance
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class NonInferiority:
     """What is asked.
 
     Args:
-        margin: how much worse is still good enough, in the units of a unit's worth: 0.01 is a point of accuracy or nDCG.
+        margin: how much worse is still good enough, in the units of a unit's worth: 0.01 is a point of accuracy or nDCG; of
+            squared errors it may be above 1.
         alpha: how often a pruned model that is worse by the margin may pass, over all sets together.
     """
 
@@ -27,12 +29,16 @@ class NonInferiority:
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.margin < 1:
-            raise InputError(
-                f"non_inferiority.margin: it lies between 0 and 1 (0.01 is a point), as {self.margin:g} does not"
-            )
+        if not 0 < self.margin < math.inf:
+            raise InputError(f"non_inferiority.margin: it is above 0 (0.01 is a point), as {self.margin:g} is not")
         if not 0 < self.alpha < 0.5:
             raise InputError(f"non_inferiority.alpha: it lies between 0 and 0.5, as {self.alpha:g} does not")
+
+
+def refuse_wide(margin: float, task: object, key: str) -> None:
+    """A worth from 0 to 1 cannot be less by 1 or more; only squared errors of scores can."""
+    if margin >= 1 and getattr(task, "scores", None) is None:
+        raise InputError(f"{key}: it lies between 0 and 1 (0.01 is a point), as {margin:g} does not")
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class Outcome:
         return "worse" if self.interval[1] < -self.margin else "not shown"
 
 
-def not_worse(dense: NDArray[np.float64], pruned: NDArray[np.float64], asked: NonInferiority) -> Outcome:
+def not_worse(
+    dense: NDArray[np.float64], pruned: NDArray[np.float64], asked: NonInferiority, bounded: bool = True
+) -> Outcome:
     """The one-sided paired test of "pruned is worse by ``margin`` or more" against "it is not".
 
     A t test of the units' differences in worth, shifted by the margin (Schuirmann 1987). Where answers are right or wrong and
@@ -69,25 +77,29 @@ def not_worse(dense: NDArray[np.float64], pruned: NDArray[np.float64], asked: No
     point worse pass in 60 samples of 100. Hence two guards: the variance is at least ``margin * (1 - margin)``, the least that
     right or wrong answers have when the model is worse by the margin (what the restricted variance of Nam 1997 and Tango 1998
     comes to when nothing flipped), and one unit more counts as lost. With them it is at most 5 of 100, from 50 to 5,000 rows.
+    Errors and likelihoods are in a unit of their own and go without guards, so that the verdict is the same in any unit.
 
     Args:
-        dense, pruned: the worth of each unit, shape (units,), from 0 to 1.
+        dense, pruned: the worth of each unit, shape (units,).
+        bounded: whether it lies from 0 to 1, as what is right or wrong and nDCG do.
         asked: margin and level.
     """
     difference = pruned - dense
     units, mean = len(difference), float(difference.mean())
     freedom = max(1, units - 1)
-    variance = max(float(difference.var()) * units / freedom, asked.margin * (1 - asked.margin))
+    least = asked.margin * (1 - asked.margin) if bounded else asked.margin**2 * _TINY
+    one = 1.0 if bounded else 0.0  # a unit more that counts as lost
+    variance = max(float(difference.var()) * units / freedom, least)
     error = math.sqrt(variance / units)
-    reach = float(stats.t.isf(asked.alpha, freedom)) * error + 1 / units
-    # Of n units: margin - 1 / n is to be so many standard errors.
+    reach = float(stats.t.isf(asked.alpha, freedom)) * error + one / units
+    # Of n units: margin - one / n is to be so many standard errors.
     errors = float(stats.norm.isf(asked.alpha) + stats.norm.ppf(0.8)) * math.sqrt(variance)
     return Outcome(
         margin=asked.margin,
         difference=mean,
         interval=[mean - reach, mean + reach],
-        p=float(stats.t.sf((mean - 1 / units + asked.margin) / error, freedom)),
-        units_needed=math.ceil(((errors + math.sqrt(errors**2 + 4 * asked.margin)) / (2 * asked.margin)) ** 2),
+        p=float(stats.t.sf((mean - one / units + asked.margin) / error, freedom)),
+        units_needed=math.ceil(((errors + math.sqrt(errors**2 + 4 * one * asked.margin)) / (2 * asked.margin)) ** 2),
     )
 
 

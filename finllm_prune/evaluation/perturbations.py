@@ -44,7 +44,7 @@ _NUMBERS = {
     ",": re.compile(r"(?:\d{1,3}(?:\.\d{3})+|0|[1-9]\d*)(?:,\d+)?"),
 }
 _AUXILIARY = re.compile(
-    r"\b(is|are|was|were|has|have|had|will|would|can|could|should|may|might|must|does|do|did)\b(?!\s+(?:not|no|never)\b|n't)"
+    r"\b(is|are|was|were|has|have|had|will|would|can|could|should|may|might|must|does|do|did)\b(?!\s+(?:not|no|never)\b|\s?n?['\u2019]t\b)"
 )
 _COMPANY = re.compile(
     rf"(?:[A-Z][\w&'\u2019-]*\s+){{1,4}}(?:{LEGAL_FORMS}|Group|Holdings|Bank|Bancorp|Partners|Trust|Industries)\b"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from finllm_prune.judges import Indices
 from finllm_prune.tasks import KEPT
 
-_NEGATION = re.compile(r"\b(?:not|no|never|none|neither|nor|without|cannot)\b|n't\b", re.IGNORECASE)
+_NEGATION = re.compile(r"\b(?:not|no|never|none|neither|nor|without|cannot)\b|n['\u2019]t\b", re.IGNORECASE)
 _NAMED = 10  # values of a column that have a slice of their own
 
 
@@ -56,7 +56,8 @@ def of_values(values: Sequence[Any]) -> dict[str, Indices]:
         named = _divided([str(value) if str(value) in frequent else "all others" for value in known])
         parts = {name: named[name] for name in [*frequent, "all others"] if name in named}
     found = {name: np.flatnonzero(there)[rows] for name, rows in parts.items()}
-    return found if there.all() else {**found, "missing": np.flatnonzero(~there)}
+    name = "(missing)" if "missing" in found else "missing"
+    return found if there.all() else {**found, name: np.flatnonzero(~there)}
 
 
 def _divided(names: Sequence[str]) -> dict[str, Indices]:

@@ -138,7 +138,8 @@ def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: di
         rules=inert(recipe["pruning"]["rules"]),
         schedule=recipe["pruning"]["schedule"],
         oneshot=recipe["pruning"]["oneshot"],
-        distillation=recipe["distillation"],
+        distillation=_distilled(recipe, figures["pipeline_tag"]),
+        cosines=(taught := recipe.get("cosines")) and inert(taught) | {"encoder": _named(taught["encoder"])},
         recovery=recipe["recovery"],
         trained=_trained(recipe),
         recorded=recipe["recording"] is not None,
@@ -163,6 +164,22 @@ def _trained(recipe: dict[str, Any]) -> str:
         f"The dense model {first}; the pruned one began as its copy and was trained for {more}. What longer training "
         "gives is a part of the difference."
     )
+
+
+def _distilled(recipe: dict[str, Any], tag: str) -> dict[str, Any] | None:
+    """Its settings with the loss that ``auto`` stands for, and a local teacher by its name alone."""
+    settings: dict[str, Any] | None = recipe["distillation"]
+    if settings is None:
+        return None
+    auto = "margin_mse" if tag == "text-ranking" else "mse" if recipe["task"].get("scores") else "kl"
+    loss = auto if settings["logits"] == "auto" else settings["logits"]
+    return settings | {"logits": loss, "teacher": _named(settings["teacher"])}
+
+
+def _named(location: str) -> Any:
+    """An id of the Hub as it is; of a local folder its last two parts, which say nothing of a machine."""
+    parts = Path(location).parts
+    return inert("/".join(parts[-2:]) if len(parts) > 2 or Path(location).is_absolute() else location)
 
 
 def _length(training: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Latency, compare, measure
 from finllm_prune.evaluation.evidence import Questions, collect
 from finllm_prune.evaluation.kept import Kept
+from finllm_prune.evaluation.perturbations import Companies
+from finllm_prune.evaluation.quality import refuse_one_unit
 from finllm_prune.judges import Judge
 from finllm_prune.loading import OtherLabels
 from finllm_prune.provenance import surroundings
@@ -20,6 +22,7 @@ from finllm_prune.saved import Saved
 from finllm_prune.suite.report import SetResult, SuiteReport
 from finllm_prune.suite.suite import Entry, Suite
 from finllm_prune.tasks import Examples
+from finllm_prune.tasks.masking import listed_names
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ def evaluate_suite(
     Raises:
         InputError: data or a model cannot be read, or no set is left; before anything is measured.
     """
+    if keep is not None and keep.exists() and not keep.is_dir():
+        raise InputError(f"--keep: {keep} is a file; name a folder")
     left_out: dict[str, str] = {}
     matches = []
     for number, entry in enumerate(suite.sets):
@@ -98,13 +103,18 @@ def evaluate_suite(
 
 
 def _match(entry: Entry, model: str, baseline: str) -> Match:
+    for change in entry.perturbations:
+        if isinstance(change, Companies) and change.names is not None:
+            listed_names(change.names, "companies.names")
     examples = entry.task.load()
     dense = Saved(baseline, entry.task, examples)
     try:
         pruned = Saved(model, entry.task, examples)
     except OtherLabels as error:  # the baseline knows them: these two do not belong together
         raise InputError(str(error)) from error
-    return Match(entry, examples, entry.task.judge(examples), dense, pruned)
+    judge = entry.task.judge(examples)
+    refuse_one_unit(judge)
+    return Match(entry, examples, judge, dense, pruned)
 
 
 def _measured(match: Match, suite: Suite, ask: Ask, show_texts: bool) -> SetResult:

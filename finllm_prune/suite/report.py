@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from finllm_prune.evaluation import GATES, TITLES, Latency, Quality, with_interval
 from finllm_prune.evaluation.calibration import Calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm, p_value, points
@@ -162,15 +160,16 @@ class SuiteReport:
             "dense": lambda each: _mean(each, "dense"),
             "pruned": lambda each: _mean(each, "pruned"),
             "published": _published,
-            "difference, points": lambda each: f"{100 * each.tested.difference:+.1f}",
-            f"  {self.confidence()} interval": lambda each: "[{:+.1f}, {:+.1f}]".format(
-                *np.multiply(100, each.tested.interval)
+            "difference, points": lambda each: _differ(each, each.tested.difference),
+            f"  {self.confidence()} interval": lambda each: (
+                f"[{', '.join(_differ(each, end) for end in each.tested.interval)}]"
             ),
             f"not worse by {points(self.asked.margin)}": lambda each: verdicts[each.name] + self._own_margin(each),
             "  p, Holm": lambda each: p_value(corrected[each.name]["not_worse"]),
             "  units to show it": lambda each: (
                 f"about {each.tested.units_needed:,}" if verdicts[each.name] == "not shown" else ""
             ),
+            "collapsed": lambda each: each.quality.collapse if each.quality.collapsed else "",
             "same answer": lambda each: f"{each.quality.agreement:.1%}",
             "lost / won": lambda each: " / ".join(map(str, each.quality.flips.values())),
             "paired test, p, Holm": lambda each: p_value(corrected[each.name]["paired"]),
@@ -193,6 +192,11 @@ def _left_out(each: SetResult) -> str:
     counts = [why for key in ("bad_rows", "queries_left_out") for why in each.data.get(key, {}).values()]
     lost = sum(sum(why.values()) for why in counts)
     return f"{lost:,}" if lost else ""
+
+
+def _differ(each: SetResult, value: float) -> str:
+    """In points, or in the unit of an error."""
+    return f"{100 * value:+.1f}" if each.headline in GATES else f"{value:+.3g} ({each.headline})"
 
 
 def _mean(each: SetResult, kind: str) -> str:

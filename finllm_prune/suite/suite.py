@@ -1,6 +1,7 @@
 """A suite: YAML and ``key.sub=value`` overrides -> sets on which two models are compared; strict, as a recipe is."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import GATES
 from finllm_prune.evaluation.evidence import Questions
-from finllm_prune.evaluation.non_inferiority import NonInferiority
+from finllm_prune.evaluation.non_inferiority import NonInferiority, refuse_wide
 from finllm_prune.evaluation.perturbations import PERTURBATIONS, Perturbation, changes
 from finllm_prune.evaluation.slices import SLICES
 from finllm_prune.settings import build, mapping, parse_file, refuse_unknown, typed
@@ -44,6 +45,13 @@ class Speed:
 
     batch: int = 1
     rounds: int = 20
+
+    def __post_init__(self) -> None:
+        for key in ("batch", "rounds"):
+            if getattr(self, key) < 1:
+                raise InputError(
+                    f"speed.{key}: at least one is needed, not {getattr(self, key)}; speed: false measures none"
+                )
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,9 @@ def parse(data: dict[str, Any]) -> Suite:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"sets: two of them are called '{twice}'; give each a name of its own")
     speed = data.get("speed", {})
-    others = {key: data[key] for key in ("seed", "resamples", "bins") if key in data}
+    others = {key: typed(int, data[key], key) for key in ("seed", "resamples", "bins") if key in data}
     for key, value in others.items():
-        if typed(int, value, key) < (0 if key == "seed" else 1):
+        if value < (0 if key == "seed" else 1):
             raise InputError(f"{key}: a whole number above {-1 if key == 'seed' else 0} is needed, not {value}")
     suite = Suite(
         sets=sets,
@@ -129,6 +137,9 @@ def parse(data: dict[str, Any]) -> Suite:
         resolved=data,
         **others,
     )
+    for entry in suite.sets:
+        if entry.margin is None:
+            refuse_wide(suite.non_inferiority.margin, entry.task, "non_inferiority.margin")
     _check_gates(suite)
     return suite
 
@@ -150,11 +161,13 @@ def _entry(data: Any, where: str) -> Entry:
     published = typed(list[Any], settings.get("published") or [], f"{where}.published")
     optional = {key: typed(str | None, settings.get(key), f"{where}.{key}") for key in ("model", "baseline")}
     margin = typed(float | None, settings.get("margin"), f"{where}.margin")
-    if margin is not None and not 0 < margin < 1:
-        raise InputError(f"{where}.margin: it lies between 0 and 1 (0.01 is a point), as {margin:g} does not")
+    if margin is not None and not 0 < margin < math.inf:
+        raise InputError(f"{where}.margin: it is above 0 (0.01 is a point), as {margin:g} is not")
+    read = _task(task, columns, where)
+    refuse_wide(margin or 0, read, f"{where}.margin")
     return Entry(
         name=typed(str, settings["name"], f"{where}.name"),
-        task=_task(task, columns, where),
+        task=read,
         slices=names,
         perturbations=perturbations,
         published=[build(Published, each, f"{where}.published.{i}") for i, each in enumerate(published)],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,7 +124,9 @@ def _texts(rows: Sequence[Any], name: str, bad: BadRows) -> dict[str, str]:
             continue
         key = row.get("_id", row.get("id"))
         parts = [row[part].strip() for part in ("title", "text") if isinstance(row.get(part), str)]
-        if key is None or key == "":
+        if not _writable(f"{key} {' '.join(parts)}"):
+            bad.add(name, number, "unreadable", "holds half of a sign (a lone surrogate, as \\ud83d)")
+        elif key is None or key == "":
             bad.add(name, number, "no id", "has no '_id'")
         elif str(key) in texts:
             bad.add(name, number, "duplicate id", f"has the id {str(key)!r} a second time")
@@ -132,6 +135,15 @@ def _texts(rows: Sequence[Any], name: str, bad: BadRows) -> dict[str, str]:
         else:
             texts[str(key)] = " ".join(part for part in parts if part)
     return texts
+
+
+def _writable(text: str) -> bool:
+    """JSON may name halves of a sign, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _known(
@@ -215,7 +227,7 @@ def _lines(path: Path, parse: Callable[[str], dict[str, Any] | list[str] | str])
                         rows.append(parse(line.decode("utf-8-sig" if number == 1 else "utf-8")))
                     except UnicodeDecodeError:
                         rows.append("holds bytes that are not UTF-8")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"task.dataset: {path} cannot be read ({one_line(error)}); bring it anew") from error
     return Table(path, rows, lines)
 

@@ -78,6 +78,8 @@ class LabelSets:
         """The labels of a row; None where there is no list of them."""
         if self.separator is None:
             return list(value) if isinstance(value, list | tuple) else None
+        if isinstance(value, int) and not isinstance(value, bool):  # where no row of a csv has two codes
+            return [str(value)]
         if value is None or isinstance(value, str):
             return [name.strip() for name in (value or "").split(self.separator) if name.strip()]
         return None

@@ -124,7 +124,7 @@ def texts_in(cells: Iterable[Any]) -> Iterator[str]:
 def listed_names(path: str, key: str) -> list[str]:
     """The lines of a file that a recipe names under ``key``; raises InputError where it cannot be read or holds no name."""
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{key}: {path} is no readable UTF-8 file with a name a line") from error
     if not names:

@@ -174,14 +174,15 @@ def _copy_csv(path: Path, out: TextIO) -> list[int]:
 def _json_records(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
+            record = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if record.strip():
+                yield number, record
 
 
 def _csv_records(path: Path, header: bool = False) -> Iterator[tuple[int, list[str]]]:
     """A quoted field may hold line breaks, so that a row begins where the one before it ended."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader, begin = csv.reader(file), 1
         for fields in reader:
             if fields and header:

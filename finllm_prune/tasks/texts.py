@@ -31,7 +31,7 @@ def read_texts(source: str, key: str, splits: Sequence[str] = ("train",), column
         if bad := not_utf8(path):
             count = f" (the first of {len(bad)} such lines)" if len(bad) > 1 else ""
             raise InputError(f"{key}: {path}, line {bad[0]}, holds bytes that are not UTF-8{count}; save it as UTF-8")
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         return filled_texts(lines, key, source)
     else:
         raise InputError(
