@@ -384,3 +384,31 @@ def test_an_evaluation_refuses_a_model_of_other_classes(tmp_path: Path, tokenize
         InputError, match="predicts hawkish, neutral, dovish, but the data has negative, neutral, positive"
     ):
         evaluate_saved(str(folder), "sentiment", str(small.write_folder(tmp_path / "data")), baseline=None)
+
+
+def test_an_evaluation_on_some_of_the_classes_says_how_the_others_are_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = save_with_labels(tmp_path / "model", tokenizer, LABELS)
+    data = small.write_folder(tmp_path / "data")
+    for file in data.iterdir():
+        kept = [line for line in file.read_text().splitlines() if json.loads(line)["label"] != "neutral"]
+        file.write_text("\n".join([*kept, ""]))
+    with pytest.raises(InputError, match=r"the data has negative, positive; list the model's classes in task\.labels"):
+        evaluate_saved(str(folder), "sentiment", str(data))
+
+
+def test_an_evaluation_of_longer_texts_than_the_model_reads_is_one_sentence(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_with_labels(tmp_path / "model", tokenizer, LABELS)
+    data = small.write_folder(tmp_path / "data")
+    (data / "test.jsonl").write_text(json.dumps({"text": "Profit rose again. " * 60, "label": "positive"}) + "\n" * 2)
+    with (data / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "Profit fell.", "label": "negative"}) + "\n")
+    evaluate_saved(str(folder), "sentiment", str(data), max_length=200)
+    assert f"tokenizer reads {tokenizer.model_max_length} tokens at most, and 200 were asked for" in caplog.text
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 4096}))
+    with pytest.raises(InputError, match=r"^task\.max_length: a text has 200 tokens, and the model reads at most 70"):
+        evaluate_saved(str(folder), "sentiment", str(data), max_length=200)
