@@ -339,3 +339,21 @@ def test_a_collapsed_model_is_told_in_the_terminal(
         3,
     )
     assert "first: the pruned model gives every text the same answer" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_scores_are_told_in_their_own_unit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation", "test"):
+        lines = [json.dumps({"text": f"Profit rose by {i}.", "label": 10.0 * i}) for i in range(12)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join([*lines, ""]))
+    for name, seed in (("dense", 0), ("pruned", 1)):
+        loud(tiny_model(layers=1, seed=seed, labels=["score"])).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    task = {"name": "sentiment", "dataset": str(tmp_path / "data"), "scores": {}, "max_length": 16}
+    suite = parse({"sets": [{"name": "numbers", "task": task, "margin": 50}], "speed": False, "resamples": 20})
+    report = evaluate_suite(suite, str(tmp_path / "pruned"), str(tmp_path / "dense"))
+    told = {row[0].strip(): row[1] for row in report.table()[1]}
+    difference = report.sets[0].tested.difference
+    assert told["difference, points"] == f"{difference:+.3g} (negative squared error)"
+    assert told["90 % interval"].count("error") == 0
+    assert f"{difference:+.3f}".replace("-", "\u2212") in page(report)

@@ -235,7 +235,9 @@ class _Both:
         return {"rows": len(units), **self._beside(*minds, bounded=True)}
 
     def _beside(self, dense: NDArray[np.float64], pruned: NDArray[np.float64], *, bounded: bool) -> dict[str, Any]:
-        tested = not_worse(dense, pruned, self.questions.test, bounded)
+        # The margin of scores is none of the part of minds that have changed.
+        asked = self.questions.test if bounded is _bounded(self.judge) else NonInferiority(alpha=self.questions.alpha)
+        tested = not_worse(dense, pruned, asked, bounded)
         means = {"dense": float(dense.mean()), "pruned": float(pruned.mean())}
         return {**means, "difference": tested.difference, "interval": tested.interval}
 

@@ -160,7 +160,7 @@ class SuiteReport:
             "dense": lambda each: _mean(each, "dense"),
             "pruned": lambda each: _mean(each, "pruned"),
             "published": _published,
-            "difference, points": lambda each: _differ(each, each.tested.difference),
+            "difference, points": lambda each: _differ(each, each.tested.difference) + _own_unit(each),
             f"  {self.confidence()} interval": lambda each: (
                 f"[{', '.join(_differ(each, end) for end in each.tested.interval)}]"
             ),
@@ -195,8 +195,13 @@ def _left_out(each: SetResult) -> str:
 
 
 def _differ(each: SetResult, value: float) -> str:
-    """In points, or in the unit of an error."""
-    return f"{100 * value:+.1f}" if each.headline in GATES else f"{value:+.3g} ({each.headline})"
+    """In points, or in the unit of an error or a likelihood."""
+    return f"{value:+.3g}" if _own_unit(each) else f"{100 * value:+.1f}"
+
+
+def _own_unit(each: SetResult) -> str:
+    """In brackets, where a unit's worth is no part of 1."""
+    return "" if each.headline in GATES else f" ({each.headline})"
 
 
 def _mean(each: SetResult, kind: str) -> str:
