@@ -95,6 +95,27 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model.eval()(input_ids=ids, attention_mask=mask).logits
 
 
+class Clock:
+    """In the place of ``time``: it goes on while somebody sleeps, and at no other time, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """By which latency is measured."""
+    clock = Clock()
+    monkeypatch.setattr("finllm_prune.evaluation.latency.time", clock)
+    return clock
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Call:
     """Runs ``finllm-prune ARGUMENTS`` in this process and returns its exit code."""

@@ -118,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, recipe: Path) 
 
     started = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     waited_for = tmp_path / "out.partial" / "checkpoints" / "prune" / "checkpoint-9"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not waited_for.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     started.send_signal(signal.SIGKILL)
@@ -126,7 +126,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, recipe: Path) 
     assert waited_for.exists()
     assert not (tmp_path / "out").exists(), "nothing incomplete takes the place of the output"
 
-    again = subprocess.run(command(recipe), env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    again = subprocess.run(command(recipe), env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 2
     assert "--resume" in again.stderr
 
@@ -160,5 +160,5 @@ def test_13_all_ranks_skip_a_step_where_the_projection_of_one_rank_overflows(tmp
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout.count("moved 2.0;") == 2, done.stdout + done.stderr[-3000:]

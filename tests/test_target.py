@@ -1,7 +1,6 @@
 """A target instead of ratios: the costs are those of the really smaller model, and a run ends at its target or says so."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from finllm_prune.pruning import Head, Neuron, Rule, Taylor
 from finllm_prune.recipe import parse
 from finllm_prune.run import run
 from tests import small
-from tests.conftest import FAMILIES, Call, tiny_model
+from tests.conftest import FAMILIES, Call, Clock, tiny_model
 from tests.test_quality import judge, noisy
 
 RULES = [Rule("mlp", None, Neuron(), Taylor()), Rule("attention", None, Head(), Taylor())]
@@ -143,25 +142,29 @@ def test_the_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads(file.read_text())["neurons"] == first.neurons
 
 
-def test_another_runtime_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_runtime_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     few_cells(monkeypatch, tmp_path)
     monkeypatch.setattr(latency_table, "_FEW_STEPS", {"attention": (0.0, 1.0), "mlp": (0.0, 1.0)})
     model, made = tiny_model(), []
 
     def engine(narrowed: PreTrainedModel) -> Callable[..., None]:
         made.append(narrowed)
-        seconds = 1e-8 * sum(linear.weight.numel() for linear in find_family("bert").linears(narrowed).values())
-        return lambda **inputs: time.sleep(0.002 + 10 * seconds)
+        weights = sum(linear.weight.numel() for linear in find_family("bert").linears(narrowed).values())
+        return lambda **inputs: clock.sleep(1e-6 * weights)
 
     parts = {"mlp", "attention"}
     table = measured_table(model, model, 1, 8, parts, "onnx", engine)
     assert (table.heads, table.neurons, table.ratios[-1][-1]) == ([1, 4], [1, 64], 1.0)
-    assert table.ratios[0][0] < 0.8
+    attention, mlp = 4 * 32 * 32, 2 * 32 * 64  # weights of a block
+    assert table.ratios[0] == pytest.approx(
+        [(attention / 4 + mlp / 64) / (attention + mlp), (attention / 4 + mlp) / (attention + mlp)]
+    )
+    assert table.dense_ms == pytest.approx(1e-3 * 2 * (attention + mlp))
     assert [narrowed for narrowed in made if narrowed is model] == [model], "one dense engine for all cells"
     assert len(made) == 4
     assert measured_table(model, model, 1, 8, parts, "onnx", engine) == table
     assert len(made) == 4
-    measured_table(model, model, 1, 8, parts)
+    measured_table(model, model, 1, 8, parts, engine=engine)
     known = [json.loads(file.read_text())["of"] for file in tmp_path.iterdir()]
     assert sorted(of["runtime"] for of in known) == ["onnx", "torch"]
     assert [("onnxruntime" in of) for of in known] == [of["runtime"] == "onnx" for of in known]
