@@ -98,7 +98,7 @@ def compare_on(
 
 def _task(model: str, max_length: int | None) -> Classification:
     """Reads texts as the pruned model's recipe did."""
-    own = task_of_texts(model)
+    own = task_of_texts(model, locate(model, served=True)[0])
     if own is not None and own.mask is not None and own.mask.column is not None:
         raise InputError(
             f"{model}: in training the names of column '{own.mask.column}' were masked; use `finllm-prune evaluate MODEL "

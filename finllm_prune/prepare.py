@@ -20,6 +20,7 @@ from transformers import (
 from finllm_prune.checkpoints import SERVED, find_engine, refuse_no_graph
 from finllm_prune.errors import InputError, one_line
 from finllm_prune.evaluation import Engine, Target, on_cpu, price, refuse_one_unit
+from finllm_prune.evaluation.perturbations import refuse_unusable
 from finllm_prune.families import Architecture, Family, find_architecture, is_causal
 from finllm_prune.hub.base_model import locate
 from finllm_prune.hub.push import refuse_no_token
@@ -138,8 +139,8 @@ def read(recipe: Recipe, *, resume: bool = False, overwrite: bool = True) -> Pre
     config = load_config(location)
     architecture = find_architecture(config.model_type)
     _check_gates(recipe, examples)
-    for change in recipe.evidence.perturbations if recipe.evidence is not None else ():
-        change(examples.splits["test"].select([0]), arguments.seed)  # a list of names that cannot be read is told now
+    if recipe.evidence is not None:
+        refuse_unusable(recipe.evidence.perturbations, examples.splits["test"])
     examples = examples.reordered(label_order(config, examples.labels, must_match=recipe.dense.checkpoint))
     set_seed(arguments.seed)
     model = load_model(recipe.task, location, examples.labels)

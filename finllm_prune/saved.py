@@ -131,7 +131,7 @@ def ask(model: str, texts: Sequence[str], names: Sequence[str] | None = None) ->
             are given.
     """
     location, _ = locate(model, served=True)
-    task = task_of_texts(model)
+    task = task_of_texts(model, location)
     if task is None:
         raise InputError(f"{model}: no recipe.yaml of a classification lies there; name a folder that a run exported")
     if names is None and task.mask is not None and task.mask.column is not None:
@@ -143,13 +143,17 @@ def ask(model: str, texts: Sequence[str], names: Sequence[str] | None = None) ->
     return Saved(model, task, Examples({}, class_names(load_config(location)), model)).logits(rows)
 
 
-def task_of_texts(model: str) -> Classification | None:
+def task_of_texts(model: str, location: str) -> Classification | None:
     """The classification whose recipe a run left beside a model, for texts of one's own; None where there is none.
+
+    Args:
+        model: its name, as a user gave it.
+        location: the folder where it lies.
 
     Raises:
         InputError: it is one of text pairs.
     """
-    recipe = _beside(locate(model, served=True)[0])
+    recipe = _beside(location)
     if recipe is None or not isinstance(recipe.task, Classification) or recipe.task.pipeline_tag == "text-generation":
         return None
     if recipe.task.pair_column is not None:

@@ -1,6 +1,5 @@
 """What is asked of a saved model: how good it is, on which data, and how sparse."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from finllm_prune.cli.screen import GATE_FAILED, console, print_rows, refuse_no_folder
+from finllm_prune.cli.screen import GATE_FAILED, console, print_rows, refuse_no_folder, save_json
 from finllm_prune.errors import InputError
 
 
@@ -73,12 +72,11 @@ def evaluate(
         raise InputError("KEY=VALUE, --html, --keep and --show-texts go with --suite; add it or remove them")
 
     from finllm_prune.saved import evaluate_saved
-    from finllm_prune.staging import save_text
 
     figures, rows = evaluate_saved(model, task, dataset, baseline, max_length, recipe)
     print_rows(rows, f"{model} on {dataset or 'the test split'}")
     if json_file is not None:
-        save_text(json.dumps(figures, indent=2) + "\n", json_file)
+        save_json(figures, json_file)
 
 
 def _evaluate_suite(
@@ -98,10 +96,12 @@ def _evaluate_suite(
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    written = ((json_file, lambda: f"{json.dumps(report.to_dict(), indent=2)}\n"), (html_file, lambda: page(report)))
-    for file, text in written:  # a page that cannot be made leaves the figures
+    if json_file is not None:
+        save_json(report.to_dict(), json_file)
+    if html_file is not None:
+        save_text(page(report), html_file)
+    for file in (json_file, html_file):
         if file is not None:
-            save_text(text(), file)
             console.print(f"Written: {file}", soft_wrap=True, highlight=False)
     for name, reason in report.left_out.items():
         console.print(escape(f"{name} was left out: {reason}."), soft_wrap=True, highlight=False)
@@ -138,14 +138,13 @@ def pull_and_compare(
     Exit codes: 0 done, 2 bad input.
     """
     from finllm_prune.comparison import compare_on
-    from finllm_prune.staging import save_text
 
     refuse_no_folder(json_file)
     refuse_no_folder(flips, "--flips")
     compared = compare_on(model, baseline, data, text, label, max_length)
     print_rows(compared.rows, f"{model} against {baseline} on {data.name}")
     if json_file is not None:
-        save_text(json.dumps(compared.figures, indent=2) + "\n", json_file)
+        save_json(compared.figures, json_file)
     if flips is not None:
         compared.write_flips(flips)
 

@@ -1,13 +1,12 @@
 """What is done with a recipe: run it, predict what it will give, or prune a language model in one shot."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finllm_prune.cli.hub import print_pushed
-from finllm_prune.cli.screen import GATE_FAILED, console, print_rows, refuse_no_folder
+from finllm_prune.cli.screen import GATE_FAILED, console, print_rows, refuse_no_folder, save_json
 from finllm_prune.errors import InputError
 
 
@@ -90,7 +89,7 @@ def plan(
         raise InputError(f"{recipe}: {error}") from error
     print_rows(predicted.rows(), f"{recipe}: predicted, dense against pruned")
     if json_file is not None:
-        json_file.write_text(json.dumps(predicted.to_dict(), indent=2) + "\n")
+        save_json(predicted.to_dict(), json_file)
 
 
 def oneshot(

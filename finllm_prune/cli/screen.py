@@ -1,8 +1,10 @@
 """What commands share: the screen, the exit codes, a table of figures."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +23,13 @@ def refuse_no_folder(file: Path | None, option: str = "--json") -> None:
         raise InputError(f"{option}: {file} is a folder; name a file in it")
     if file is not None and not os.access(file.parent, os.W_OK):
         raise InputError(f"{option}: the folder {file.parent} cannot be written into; name another file")
+
+
+def save_json(figures: dict[str, Any], file: Path) -> None:
+    """Whole or not at all."""
+    from finllm_prune.staging import save_text
+
+    save_text(json.dumps(figures, indent=2) + "\n", file)
 
 
 def print_rows(rows: Sequence[tuple[str, ...]], title: str) -> None:

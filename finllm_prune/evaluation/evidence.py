@@ -18,7 +18,7 @@ from finllm_prune.evaluation.perturbations import PERTURBATIONS, Perturbation
 from finllm_prune.evaluation.quality import Quality
 from finllm_prune.evaluation.slices import SLICES, slices
 from finllm_prune.evaluation.tax import tax
-from finllm_prune.judges import Answers, ClassJudge, CompletionJudge, Indices, Judge, LabelSetJudge, ScoreJudge
+from finllm_prune.judges import Answers, ClassJudge, Indices, Judge, LabelSetJudge
 from finllm_prune.tasks.asking import TURNS
 
 FLIPS = "flips.json"  # holds texts of the data, so it is neither pushed nor part of report and card
@@ -122,7 +122,7 @@ def collect(
     resamples: of the bootstrap.
     """
     both = _Both(judge, rows, {kind: logits[kind] for kind in KINDS}, questions)
-    tested = not_worse(both.worth["dense"], both.worth["pruned"], questions.test, _bounded(judge))
+    tested = not_worse(both.worth["dense"], both.worth["pruned"], questions.test, judge.bounded)
     told = "text" in rows.column_names
     return Evidence(
         headline=judge.headline,
@@ -138,11 +138,6 @@ def collect(
         confusion=both.confusion(),
         changed=both.changed() if told and questions.texts else None,
     )
-
-
-def _bounded(judge: Judge) -> bool:
-    """Whether a unit's worth lies from 0 to 1; errors and likelihoods have a unit of their own."""
-    return not isinstance(judge, ScoreJudge | CompletionJudge)
 
 
 @dataclass(frozen=True)
@@ -194,7 +189,7 @@ class _Both:
     def slices(self) -> list[dict[str, Any]]:
         return [
             {"by": by, "part": part, "units": len(units)}
-            | self._beside(*(worth[units] for worth in self.worth.values()), bounded=_bounded(self.judge))
+            | self._beside(*(worth[units] for worth in self.worth.values()), bounded=self.judge.bounded)
             for by, parts in slices(self.questions.slices, self.first_rows).items()
             for part, places in parts.items()
             for units in [self.there[places]]
@@ -236,7 +231,7 @@ class _Both:
 
     def _beside(self, dense: NDArray[np.float64], pruned: NDArray[np.float64], *, bounded: bool) -> dict[str, Any]:
         # The margin of scores is none of the part of minds that have changed.
-        asked = self.questions.test if bounded is _bounded(self.judge) else NonInferiority(alpha=self.questions.alpha)
+        asked = self.questions.test if bounded is self.judge.bounded else NonInferiority(alpha=self.questions.alpha)
         tested = not_worse(dense, pruned, asked, bounded)
         means = {"dense": float(dense.mean()), "pruned": float(pruned.mean())}
         return {**means, "difference": tested.difference, "interval": tested.interval}

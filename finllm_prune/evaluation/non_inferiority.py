@@ -81,8 +81,8 @@ def not_worse(
 
     Args:
         dense, pruned: the worth of each unit, shape (units,).
-        bounded: whether it lies from 0 to 1, as what is right or wrong and nDCG do.
         asked: margin and level.
+        bounded: whether the worth lies from 0 to 1, as what is right or wrong and nDCG do.
     """
     difference = pruned - dense
     units, mean = len(difference), float(difference.mean())

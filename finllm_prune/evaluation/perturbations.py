@@ -203,6 +203,12 @@ def _multiplied(text: str, factor: float) -> str | None:
     return "".join([*parts, text[end:]])
 
 
+def refuse_unusable(perturbations: Sequence[Perturbation], rows: datasets.Dataset) -> None:
+    """Each is tried on the first row, so that a list of names which cannot be read is told before anything is measured."""
+    for change in perturbations:
+        change(rows.select([0]), 0)
+
+
 def changes(asked: Sequence[Any], where: str) -> list[Perturbation]:
     """``[numbers, {name: companies, column: issuer}]`` -> perturbations; InputError names the entry that is none."""
     return [named(PERTURBATIONS, each, f"{where}.{number}") for number, each in enumerate(asked)]

@@ -37,6 +37,7 @@ class ClassJudge:
 
     unit: ClassVar[str] = "row"
     headline: ClassVar[str] = "accuracy"
+    bounded: ClassVar[bool] = True
     flips: ClassVar[tuple[str, str]] = ("right_to_wrong", "wrong_to_right")
 
     def __len__(self) -> int:

@@ -31,6 +31,7 @@ class CompletionJudge:
     unit: ClassVar[str] = "row"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
     headline: ClassVar[str] = "log-likelihood of a token"
+    bounded: ClassVar[bool] = False
     flips: ClassVar[tuple[str, str]] = ("worse", "better")
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ class Judge(Protocol):
         unit: what the bootstrap draws and a test pairs, in one word: a row, or a query with its candidates.
         metrics: names for ``value``.
         headline: what the mean worth of the units is: a metric's name, or words.
+        bounded: whether a unit's worth lies from 0 to 1; errors and likelihoods have a unit of their own.
         flips: what a unit is called that lost by pruning, and one that won.
     """
 
@@ -29,6 +30,9 @@ class Judge(Protocol):
 
     @property
     def headline(self) -> str: ...
+
+    @property
+    def bounded(self) -> bool: ...
 
     @property
     def flips(self) -> tuple[str, str]: ...

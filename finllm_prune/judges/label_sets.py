@@ -34,6 +34,7 @@ class LabelSetJudge:
 
     unit: ClassVar[str] = "row"
     headline: ClassVar[str] = "accuracy"
+    bounded: ClassVar[bool] = True
     flips: ClassVar[tuple[str, str]] = ("right_to_wrong", "wrong_to_right")
 
     def __len__(self) -> int:

@@ -32,6 +32,7 @@ class RankingJudge:
     unit: ClassVar[str] = "query"
     metrics: ClassVar[tuple[str, ...]] = tuple(MEASURES)
     headline: ClassVar[str] = "ndcg_at_10"
+    bounded: ClassVar[bool] = True
     flips: ClassVar[tuple[str, str]] = ("worse", "better")
 
     def __init__(self, judged: Mapping[str, Mapping[str, int]], pools: Mapping[str, Sequence[str]]):

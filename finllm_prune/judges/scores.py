@@ -32,6 +32,7 @@ class ScoreJudge:
 
     unit: ClassVar[str] = "row"
     headline: ClassVar[str] = "negative squared error"
+    bounded: ClassVar[bool] = False
     flips: ClassVar[tuple[str, str]] = ("worse", "better")
 
     def __len__(self) -> int:

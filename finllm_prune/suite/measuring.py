@@ -13,7 +13,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.evaluation import Latency, compare, measure
 from finllm_prune.evaluation.evidence import Questions, collect
 from finllm_prune.evaluation.kept import Kept
-from finllm_prune.evaluation.perturbations import Companies
+from finllm_prune.evaluation.perturbations import refuse_unusable
 from finllm_prune.evaluation.quality import refuse_one_unit
 from finllm_prune.judges import Judge
 from finllm_prune.loading import OtherLabels
@@ -22,7 +22,6 @@ from finllm_prune.saved import Saved
 from finllm_prune.suite.report import SetResult, SuiteReport
 from finllm_prune.suite.suite import Entry, Suite
 from finllm_prune.tasks import Examples
-from finllm_prune.tasks.masking import listed_names
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +102,6 @@ def evaluate_suite(
 
 
 def _match(entry: Entry, model: str, baseline: str) -> Match:
-    for change in entry.perturbations:
-        if isinstance(change, Companies) and change.names is not None:
-            listed_names(change.names, "companies.names")
     examples = entry.task.load()
     dense = Saved(baseline, entry.task, examples)
     try:
@@ -114,6 +110,7 @@ def _match(entry: Entry, model: str, baseline: str) -> Match:
         raise InputError(str(error)) from error
     judge = entry.task.judge(examples)
     refuse_one_unit(judge)
+    refuse_unusable(entry.perturbations, examples.splits["test"])
     return Match(entry, examples, judge, dense, pruned)
 
 

@@ -9,6 +9,7 @@ from finllm_prune.evaluation import GATES, TITLES, Latency, Quality, with_interv
 from finllm_prune.evaluation.calibration import Calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm, p_value, points
 from finllm_prune.evaluation.perturbations import PERTURBATIONS
+from finllm_prune.pages.wording import in_points
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _differ(each: SetResult, value: float) -> str:
 
 def _own_unit(each: SetResult) -> str:
     """In brackets, where a unit's worth is no part of 1."""
-    return "" if each.headline in GATES else f" ({each.headline})"
+    return "" if in_points(each.headline) else f" ({each.headline})"
 
 
 def _mean(each: SetResult, kind: str) -> str:

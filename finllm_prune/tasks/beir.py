@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from finllm_prune.errors import InputError, one_line
-from finllm_prune.tasks.rows import BadRows, Choice
+from finllm_prune.tasks.rows import BadRows, Choice, writable
 from finllm_prune.tasks.splitting import SPLITS
 from finllm_prune.tasks.task import of_hub, refuse_hub_keys
 
@@ -124,7 +124,7 @@ def _texts(rows: Sequence[Any], name: str, bad: BadRows) -> dict[str, str]:
             continue
         key = row.get("_id", row.get("id"))
         parts = [row[part].strip() for part in ("title", "text") if isinstance(row.get(part), str)]
-        if not _writable(f"{key} {' '.join(parts)}"):
+        if not writable(f"{key} {' '.join(parts)}"):
             bad.add(name, number, "unreadable", "holds half of a sign (a lone surrogate, as \\ud83d)")
         elif key is None or key == "":
             bad.add(name, number, "no id", "has no '_id'")
@@ -135,15 +135,6 @@ def _texts(rows: Sequence[Any], name: str, bad: BadRows) -> dict[str, str]:
         else:
             texts[str(key)] = " ".join(part for part in parts if part)
     return texts
-
-
-def _writable(text: str) -> bool:
-    """JSON may name halves of a sign, which no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _known(

@@ -162,13 +162,20 @@ def _copy_json(path: Path, out: TextIO) -> list[int]:
 def _copy_csv(path: Path, out: TextIO) -> list[int]:
     bad, writer = [], csv.writer(out)
     for line, fields in _csv_records(path, header=True):
-        try:
-            "".join(fields).encode()
-        except UnicodeEncodeError:  # bytes that are not UTF-8
-            bad.append(line)
-        else:
+        if writable("".join(fields)):
             writer.writerow(fields)
+        else:
+            bad.append(line)
     return bad
+
+
+def writable(text: str) -> bool:
+    """Whether a file can hold it: halves of a sign, which JSON may name and bytes that are not UTF-8 are read as, it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_records(path: Path) -> Iterator[tuple[int, bytes]]:

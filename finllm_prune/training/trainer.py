@@ -149,21 +149,18 @@ class PruningTrainer(Trainer):
         own = {key: value for key, value in inputs.items() if key not in _KEPT}
         options = {} if teacher is None else {"output_hidden_states": teacher.compares_layers}
         gather = gather_of(self.data_collator)
-        if PARTS in inputs or self.task_loss is not None:
-            # Not asked for a loss of its own, which a base's problem_type may make of another kind.
-            assert self.task_loss is not None, "no model has a loss of its own for rows of several sequences"
-            loss, outputs = None, answer(model, own, gather, **options)
-        else:
-            loss, outputs = super().compute_loss(model, own | options, True, num_items_in_batch)
         if self.task_loss is not None:
+            # The model is not asked for a loss of its own, which a base's problem_type may make of another kind.
+            outputs = answer(model, own, gather, **options)
             loss = self.task_loss(outputs["logits"], inputs["labels"])
+        else:
+            assert PARTS not in inputs, "no model has a loss of its own for rows of several sequences"
+            loss, outputs = super().compute_loss(model, own | options, True, num_items_in_batch)
         if cosines is not None:
-            assert loss is not None
             loss = cosines.loss(outputs["logits"], loss, inputs)
         if teacher is not None:
             loss = teacher.loss({**outputs, "loss": loss}, inputs, gather)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None and model.training:
-            assert loss is not None
             # All tokens that a step learns from count alike, in whatever batches and on whatever ranks they lie.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss * (len(outputs["logits"]) * ranks / num_items_in_batch)
