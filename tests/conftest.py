@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -38,6 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     every = Counter(item.path for item in items)
     items.sort(key=lambda item: -slow[item.path] / every[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: each Trainer collects the garbage of the whole process when it ends, a third of a second."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two calls of tiny models nobody waits for the threads of the first."""
+    monkeypatch.setattr("finllm_prune.evaluation.latency.REST", 0.0)
 
 
 def tiny_model(
