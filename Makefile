@@ -14,8 +14,8 @@ quickstart: $(STAMP)  ## one complete run on embedded data: dense, pruned, prove
 test: check  ## lint, types, tests: under ten minutes on two cores
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not full"
 
-test-full: check  ## these, and the whole of every product that they sample
-	$(BIN)/python -m pytest -q $(PARALLEL)
+test-full: check  ## these with new examples of the property tests, and the whole of every product that they sample
+	$(BIN)/python -m pytest -q $(PARALLEL) --hypothesis-profile=search
 
 test-fast: $(STAMP)  ## the tests that train nothing real and start no process
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not full"

@@ -16,9 +16,9 @@ from finllm_prune.loading import class_names, load_config
 from finllm_prune.saved import Saved, task_of_texts
 from finllm_prune.tasks import Examples
 from finllm_prune.tasks.classification import Classification
+from finllm_prune.tasks.files import FORMATS, read_file
 from finllm_prune.tasks.label_column import LabelColumn
 from finllm_prune.tasks.sentiment import Sentiment
-from finllm_prune.tasks.task import FORMATS, read_file
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with what a spreadsheet takes a cell for a formula
 

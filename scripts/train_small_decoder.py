@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from finllm_prune.tasks.task import read_file, split_files
+from finllm_prune.tasks.files import read_file, split_files
 
 WINDOW, BATCH, END = 128, 4, "<|endoftext|>"
 

@@ -2,8 +2,10 @@
 
 import codecs
 import csv
+import gc
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finllm_prune.errors import InputError
+from finllm_prune.tasks.files import read_file
 from finllm_prune.tasks.rows import first_lines
 from finllm_prune.tasks.sentiment import Sentiment
-from finllm_prune.tasks.task import read_file
 from tests import small
 from tests.conftest import LABELS
 
@@ -181,6 +183,14 @@ def test_a_long_csv_that_is_broken_is_still_refused(tmp_path: Path) -> None:
     csv_of(path, "text label", cells)
     with pytest.raises(InputError, match=r"train\.csv cannot be read as csv \(.*line 10002, saw 3\); mend it"):
         read_file(path, "train")
+
+
+@pytest.mark.parametrize(("cells", "is_good"), [([[10**30], [-1]], True), ([[1], [2, "x", "y"]], False)])
+def test_a_csv_is_closed_whatever_is_in_it(tmp_path: Path, cells: list[list[Any]], is_good: bool) -> None:
+    path = csv_of(tmp_path / "train.csv", "text label", [["So so.", *row] for row in cells])
+    with nullcontext() if is_good else pytest.raises(InputError, match="cannot be read as csv"):
+        read_file(path, "train")
+    gc.collect()  # a file that is still open makes the test fail here
 
 
 @pytest.mark.parametrize("names", [["None", "NA", "null"], ["up", "NA", "down"]])

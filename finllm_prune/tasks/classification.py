@@ -25,6 +25,7 @@ from finllm_prune.errors import InputError
 from finllm_prune.judges import ClassJudge, Judge, LabelSetJudge, ScoreJudge
 from finllm_prune.tasks.batchwise import Batch, rewritten
 from finllm_prune.tasks.ends import columns_of, first_tokens
+from finllm_prune.tasks.files import split_files
 from finllm_prune.tasks.label_column import LabelColumn
 from finllm_prune.tasks.label_sets import LabelSetLoss, LabelSets, positive_weights
 from finllm_prune.tasks.masking import Mask, Masker, normalise_numbers, without_names
@@ -32,7 +33,7 @@ from finllm_prune.tasks.rows import BadRows, Choice
 from finllm_prune.tasks.scores import Scores
 from finllm_prune.tasks.skew import SkewLoss, class_weights
 from finllm_prune.tasks.splitting import SPLITS, Split, divided, filled, leakage, not_in, without_copies
-from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, Task, check_columns, read_splits, split_files
+from finllm_prune.tasks.task import BUILTIN, KEPT, Examples, Loss, Task, check_columns, read_splits
 from finllm_prune.tasks.texts import filled_texts, read_texts
 
 Tables = dict[str, datasets.Dataset]

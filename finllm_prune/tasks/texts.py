@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finllm_prune.errors import InputError
+from finllm_prune.tasks.files import FORMATS, read_file, read_folder
 from finllm_prune.tasks.rows import not_utf8
-from finllm_prune.tasks.task import BUILTIN, FORMATS, read_file, read_folder, take
+from finllm_prune.tasks.task import BUILTIN, take
 
 logger = logging.getLogger(__name__)
 
