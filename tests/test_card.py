@@ -137,10 +137,10 @@ def test_what_people_say_later_is_shown_and_kept_and_nothing_measured_moves(
 def test_the_hub_s_own_reader_finds_the_metadata(finished: Path, tmp_path: Path) -> None:
     figures = figures_of(finished)
     figures["base_model"]["hub_id"], figures["data"]["hub_id"] = "org/base", "org/data"
-    written = write_card(figures, tmp_path, [])
+    written = write_card(figures, tmp_path, [], {"governance": {"language": "de"}})
     data = ModelCard.load(written[0]).data
     assert (data.base_model, data.base_model_relation, data.license) == ("org/base", "finetune", "apache-2.0")
-    assert (data.datasets, data.language, data.library_name) == ("org/data", "en", "transformers")
+    assert (data.datasets, data.language, data.library_name) == ("org/data", "de", "transformers")
     assert data.pipeline_tag == "text-classification"
     assert data.eval_results is not None
     found = {result.metric_type: result.metric_value for result in data.eval_results}
@@ -148,9 +148,11 @@ def test_the_hub_s_own_reader_finds_the_metadata(finished: Path, tmp_path: Path)
     assert {result.dataset_type for result in data.eval_results} == {"org/data"}
     local = metadata_load(finished / "README.md")
     assert local is not None
-    assert not {"base_model", "base_model_relation", "datasets"} & set(local), (
-        "folders of this machine are nobody else's"
+    assert not {"base_model", "base_model_relation", "datasets", "language"} & set(local), (
+        "folders of this machine are nobody else's, and nobody has said of which language they are"
     )
+    figures["recipe"]["task"]["dataset"] = "builtin"
+    assert ModelCard.load(write_card(figures, tmp_path, [])[0]).data.language == "en"
 
 
 def test_a_run_that_was_asked_nothing_says_so(finished: Path, tmp_path: Path) -> None:

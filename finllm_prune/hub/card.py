@@ -118,7 +118,7 @@ def _card(figures: dict[str, Any], title: str, exported: Sequence[str], said: di
     sources = {"the base model": base.get("license"), "the data": data_license}
     metrics = {name: value for name, value in figures.items() if isinstance(value, dict) and "dense_interval" in value}
     card = ModelCard.from_template(
-        _metadata(figures, title, list(metrics), declared),
+        _metadata(figures, title, list(metrics), declared, people["language"]),
         template_path=str(_TEMPLATE),
         title=inert(title),
         report=inert(figures),
@@ -196,8 +196,11 @@ def inert(value: Any) -> Any:
     return " ".join(html.escape(value).replace("|", "&#124;").splitlines()) if isinstance(value, str) else value
 
 
-def _metadata(figures: dict[str, Any], name: str, metrics: Sequence[str], declared: str | None) -> ModelCardData:
+def _metadata(
+    figures: dict[str, Any], name: str, metrics: Sequence[str], declared: str | None, language: str | None
+) -> ModelCardData:
     data = figures["data"]
+    language = language or ("en" if figures["recipe"]["task"]["dataset"] == "builtin" else None)
     results = [
         EvalResult(
             task_type=figures["pipeline_tag"], dataset_type=data.get("hub_id") or figures["task"], dataset_name=data["source"],
@@ -208,10 +211,15 @@ def _metadata(figures: dict[str, Any], name: str, metrics: Sequence[str], declar
     pruning, base = figures["recipe"]["pruning"], figures["base_model"].get("hub_id")
     methods = [pruning["oneshot"]] if pruning["oneshot"] else [rule["criterion"] for rule in pruning["rules"]]
     tags = ["finance", "pruning", "finllm-prune", *sorted({f"{m['name'].replace('_', '-')}-pruning" for m in methods})]
-    known: dict[str, Any] = {"license": declared, "datasets": data.get("hub_id"), "base_model": base}
+    known: dict[str, Any] = {
+        "license": declared,
+        "language": language,
+        "datasets": data.get("hub_id"),
+        "base_model": base,
+    }
     known |= {"base_model_relation": "finetune"} if base else {}
     return ModelCardData(
-        model_name=name, language="en", library_name="transformers", pipeline_tag=figures["pipeline_tag"], tags=tags,
+        model_name=name, library_name="transformers", pipeline_tag=figures["pipeline_tag"], tags=tags,
         eval_results=results, **{key: value for key, value in known.items() if value},
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ class Governance:
         out_of_scope: what it must not be used for.
         monitoring: what is watched in use, and at which thresholds somebody acts.
         data_license: of the data, where its own card does not tell, as cc-by-nc-sa-3.0.
+        language: of the data, as its code in ISO 639: en, de.
     """
 
     owner: str | None = None
@@ -23,6 +24,7 @@ class Governance:
     out_of_scope: str | None = None
     monitoring: str | None = None
     data_license: str | None = None
+    language: str | None = None
 
 
 _TERMS = {
