@@ -12,8 +12,9 @@ from torch import Tensor
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import compare
 from finllm_prune.evaluation.evidence import KINDS, Questions, collect
-from finllm_prune.judges import ClassJudge, RankingJudge
+from finllm_prune.judges import ClassJudge, RankingJudge, ScoreJudge
 from finllm_prune.recipe import parse
+from finllm_prune.tasks import KEPT
 from finllm_prune.tasks.asking import turns_text
 
 LABELS = ["low", "high"]
@@ -67,6 +68,17 @@ def test_what_is_asked_is_a_sample_of_what_changes_and_texts_are_told_apart() ->
     turns = datasets.Dataset.from_dict({"text": [turns_text([{"role": "user", "content": text}]) for text in texts]})
     found = collect(judge, turns, logits, quality, ask, Questions(), resamples=9)
     assert [entry["rows"] for entry in found.robustness] == [0, 0, 0], "they would be turns no longer"
+
+
+def test_one_error_alone_is_no_slice() -> None:
+    texts = ["one", "two words", "three words here"]
+    rows = datasets.Dataset.from_dict({"text": texts, f"{KEPT}sector": ["banks", "energy", "energy"]})
+    judge = ScoreJudge(np.array([0.0, 0.5, 1.0]), ("mse",), 0.1)
+    logits = {"dense": torch.tensor([[0.1], [0.4], [0.8]]), "pruned": torch.tensor([[0.2], [0.5], [0.9]])}
+    asked = Questions(slices=["sector"], perturbations=[], texts=False)
+    found = collect(judge, rows, logits, compare(judge, **logits, resamples=9), answers, asked, resamples=9)
+    assert [(part["part"], part["units"]) for part in found.slices] == [("energy", 2)]
+    assert found.slices[0]["interval"][0] < found.slices[0]["difference"] == pytest.approx(0.02)
 
 
 def test_queries_without_candidates_and_queries_of_the_same_words_are_units_of_their_own() -> None:

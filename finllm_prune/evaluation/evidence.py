@@ -193,6 +193,7 @@ class _Both:
             for by, parts in slices(self.questions.slices, self.first_rows).items()
             for part, places in parts.items()
             for units in [self.there[places]]
+            if self.judge.bounded or len(units) > 1  # one error alone tells nothing of others
         ]  # fmt: skip
 
     def robustness(self, ask: Ask, seed: int) -> list[dict[str, Any]]:
