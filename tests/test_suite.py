@@ -206,7 +206,9 @@ def test_queries_are_units_of_all_their_candidates(
     models = {"model": str(tmp_path / "1"), "baseline": str(tmp_path / "2")}
     data = asked(home, speed=False, gates={"ndcg_at_10_retention": 0.0})
     data["sets"] = [data["sets"][1], {"name": "passages", "task": task, "slices": ["length", "negation"], **models}]
-    _, ranked = evaluate_suite(parse(data), str(home / "pruned"), str(home / "dense"), show_texts=True).sets
+    report = evaluate_suite(parse(data), str(home / "pruned"), str(home / "dense"), show_texts=True)
+    assert ["units", "10 rows", "12 queries"] in report.table()[1]
+    _, ranked = report.sets
     assert (ranked.unit, ranked.units, ranked.headline, ranked.calibration) == ("query", 12, "ndcg_at_10", None)
     parts = {(row["by"], row["part"]): row["units"] for row in ranked.slices}
     assert parts == {("length", "up to 6 words"): 12, ("negation", "without"): 12}, "of the query's words alone"

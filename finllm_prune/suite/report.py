@@ -9,7 +9,7 @@ from finllm_prune.evaluation import GATES, TITLES, Latency, Quality, with_interv
 from finllm_prune.evaluation.calibration import Calibration
 from finllm_prune.evaluation.non_inferiority import NonInferiority, Outcome, Verdict, holm, p_value, points
 from finllm_prune.evaluation.perturbations import PERTURBATIONS
-from finllm_prune.pages.wording import in_points
+from finllm_prune.pages.wording import in_points, plural
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class SuiteReport:
         """Heads and rows for a terminal: figures down, sets across."""
         verdicts, corrected = self.verdicts(), self.corrected()
         figures: dict[str, Callable[[SetResult], str]] = {
-            "units": lambda each: f"{each.units:,} {each.unit}s",
+            "units": lambda each: f"{each.units:,} {plural(each.unit)}",
             "rows left out of the set": _left_out,
             "metric": lambda each: each.headline,
             "dense": lambda each: _mean(each, "dense"),
