@@ -359,3 +359,8 @@ def test_scores_are_told_in_their_own_unit(tmp_path: Path, tokenizer: PreTrained
     assert told["difference, points"] == f"{difference:+.3g} (negative squared error)"
     assert told["90 % interval"].count("error") == 0
     assert f"{difference:+.3f}".replace("-", "\u2212") in page(report)
+    turned = evaluate_suite(suite, str(tmp_path / "dense"), str(tmp_path / "pruned"))
+    worst = min(turned.sets[0].slices, key=lambda part: float(part["difference"]))
+    assert worst["difference"] < 0
+    told = {row[0].strip(): row[1] for row in turned.table()[1]}
+    assert told["slice that pays most"] == f"{worst['by']}: {worst['part']} {worst['difference']:+.3g}"

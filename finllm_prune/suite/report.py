@@ -176,8 +176,8 @@ class SuiteReport:
             "paired test, p, Holm": lambda each: p_value(corrected[each.name]["paired"]),
             "ECE, dense → pruned": partial(_calibrated, "ece"),
             "Brier, dense → pruned": partial(_calibrated, "brier"),
-            "class that pays most": lambda each: _most(each.tax, "{label}"),
-            "slice that pays most": lambda each: _most(each.slices, "{by}: {part}"),
+            "class that pays most": lambda each: _most(each, each.tax, "{label}"),
+            "slice that pays most": lambda each: _most(each, each.slices, "{by}: {part}"),
             **{f"mind changed: {change}": partial(_changed_mind, change) for change in PERTURBATIONS},
             "latency, pruned / dense": lambda each: f"{each.latency.ratio:.2f}" if each.latency else "",
         }
@@ -197,7 +197,7 @@ def _left_out(each: SetResult) -> str:
 
 def _differ(each: SetResult, value: float) -> str:
     """In points, or in the unit of an error or a likelihood."""
-    return f"{value:+.3g}" if _own_unit(each) else f"{100 * value:+.1f}"
+    return f"{100 * value:+.1f}" if in_points(each.headline) else f"{value:+.3g}"
 
 
 def _own_unit(each: SetResult) -> str:
@@ -220,11 +220,11 @@ def _calibrated(figure: str, each: SetResult) -> str:
     return " → ".join(f"{getattr(kind, figure):.3f}" for kind in each.calibration.values()) if each.calibration else ""
 
 
-def _most(parts: list[dict[str, Any]], name: str) -> str:
+def _most(each: SetResult, parts: list[dict[str, Any]], name: str) -> str:
     worst = min(parts, key=lambda part: float(part["difference"]), default=None)
     if worst is None:
         return ""
-    return f"{name.format(**worst)} {100 * worst['difference']:+.1f}" if worst["difference"] < 0 else "none"
+    return f"{name.format(**worst)} {_differ(each, worst['difference'])}" if worst["difference"] < 0 else "none"
 
 
 def _changed_mind(change: str, each: SetResult) -> str:
