@@ -29,10 +29,15 @@ class NonInferiority:
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.margin < math.inf:
-            raise InputError(f"non_inferiority.margin: it is above 0 (0.01 is a point), as {self.margin:g} is not")
+        refuse_none(self.margin, "non_inferiority.margin")
         if not 0 < self.alpha < 0.5:
             raise InputError(f"non_inferiority.alpha: it lies between 0 and 0.5, as {self.alpha:g} does not")
+
+
+def refuse_none(margin: float, key: str) -> None:
+    """A margin is a number above 0."""
+    if not 0 < margin < math.inf:
+        raise InputError(f"{key}: it is above 0 (0.01 is a point), as {margin:g} is not")
 
 
 def refuse_wide(margin: float, task: object, key: str) -> None:

@@ -1,7 +1,6 @@
 """A suite: YAML and ``key.sub=value`` overrides -> sets on which two models are compared; strict, as a recipe is."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from finllm_prune.errors import InputError
 from finllm_prune.evaluation import GATES
 from finllm_prune.evaluation.evidence import Questions
-from finllm_prune.evaluation.non_inferiority import NonInferiority, refuse_wide
+from finllm_prune.evaluation.non_inferiority import NonInferiority, refuse_none, refuse_wide
 from finllm_prune.evaluation.perturbations import PERTURBATIONS, Perturbation, changes
 from finllm_prune.evaluation.slices import SLICES
 from finllm_prune.settings import build, mapping, parse_file, refuse_unknown, typed
@@ -161,10 +160,10 @@ def _entry(data: Any, where: str) -> Entry:
     published = typed(list[Any], settings.get("published") or [], f"{where}.published")
     optional = {key: typed(str | None, settings.get(key), f"{where}.{key}") for key in ("model", "baseline")}
     margin = typed(float | None, settings.get("margin"), f"{where}.margin")
-    if margin is not None and not 0 < margin < math.inf:
-        raise InputError(f"{where}.margin: it is above 0 (0.01 is a point), as {margin:g} is not")
     read = _task(task, columns, where)
-    refuse_wide(margin or 0, read, f"{where}.margin")
+    if margin is not None:
+        refuse_none(margin, f"{where}.margin")
+        refuse_wide(margin, read, f"{where}.margin")
     return Entry(
         name=typed(str, settings["name"], f"{where}.name"),
         task=read,
